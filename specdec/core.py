@@ -1,0 +1,181 @@
+"""The nouns: what is guessed, how much may be guessed, what is known, what was judged, and who does each.
+
+A decoding step reads them in this order::
+
+    budgets  = policy.budget(contexts)
+    trees    = drafter.draft(contexts, budgets)
+    verdicts = verifier.verify(contexts, trees)
+    for context, verdict in zip(contexts, verdicts): context.extend(verdict)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+
+Law = Literal["iid", "swor"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftTree:
+    """Guessed continuations of one sequence, flattened parents-first.
+
+    Node 0 is the root: the last committed token, known and not guessed. Every other node guesses the token that
+    follows its parent's path, so two children of one parent never carry the same token.
+
+    Attributes:
+        tokens: token id of each node; ``tokens[0]`` is the last committed token.
+        parents: index of each node's parent, smaller than the node's own; -1 for the root.
+        probability: the drafter's estimate that the whole path down to the node is accepted; 1 for the root.
+        q: the drafter's own distribution at each inner node, for trees whose siblings were sampled; rows of
+            leaves are not read.
+        law: how siblings were drawn: ``None`` chosen deterministically, ``"iid"`` independently from ``q``,
+            ``"swor"`` from ``q`` without replacement, in node order.
+        source: name of the drafter that guessed each node.
+    """
+
+    tokens: Int[np.ndarray, " nodes"]
+    parents: Int[np.ndarray, " nodes"]
+    probability: Float32[np.ndarray, " nodes"]
+    source: tuple[str, ...]
+    q: Float[torch.Tensor, "nodes vocab"] | None = None
+    law: Law | None = None
+
+    @classmethod
+    def root(cls, token: int) -> DraftTree:
+        """The empty guess: the last committed token alone, which makes the next pass a plain step."""
+        return cls(np.array([token]), np.array([-1]), np.ones(1, np.float32), ("",))
+
+    @classmethod
+    def chain(cls, token: int, guesses: Sequence[int], probability: Sequence[float], source: str) -> DraftTree:
+        """One path: the last committed ``token``, then ``guesses`` with their path probabilities."""
+        n = len(guesses) + 1
+        tokens = np.fromiter((token, *guesses), np.int64, n)
+        paths = np.fromiter((1.0, *probability), np.float32, n)
+        return cls(tokens, np.arange(-1, n - 1), paths, (source,) * n)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How large the next tree may be.
+
+    Attributes:
+        nodes: guessed nodes at most; the root does not count. 0 asks for no guess.
+        depth: guessed tokens on one path at most.
+        width: children of one node at most.
+        least: path probability below which a node is not worth verifying, 0 to 1.
+    """
+
+    nodes: int
+    depth: int
+    width: int
+    least: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """What one pass of the target said about one tree.
+
+    Attributes:
+        tree: what was fed, the root included. For the prompt's own pass: a chain of prompt tokens.
+        path: the accepted nodes, root first.
+        tokens: what was committed: the tokens of ``path[1:]`` and one more, chosen by the target after the last
+            accepted node; as many as ``path`` has nodes. Empty for the prompt's own pass.
+        candidates: the target's most likely next tokens after *every* node, accepted or not, best first, from raw
+            logits; ``None`` where no drafter asked for them.
+        hidden: the target's last hidden state at every node; ``None`` where no drafter asked.
+    """
+
+    tree: DraftTree
+    path: Int[np.ndarray, " accepted"]
+    tokens: Int[np.ndarray, " committed"]
+    candidates: Int[np.ndarray, "nodes k"] | None = None
+    hidden: Float[torch.Tensor, "nodes width"] | None = None
+
+
+class Context:
+    """One sequence's committed state: all that a drafter or policy may look at, and nothing it may change.
+
+    Attributes:
+        prompt_length: how many of the tokens came with the prompt.
+        verdict: the last verdict; before the first step, that of the prompt's own pass if a drafter asked for it.
+        namespace: whose memory drafters may use for it (a tenant, an agent, an adapter).
+        finished: whether a stopping rule has ended it. A drafter sees a finished context once, with an empty
+            budget, so that it may learn the end.
+        scratch: what each drafter keeps for this sequence; dies with the context.
+        steps: target passes made for this sequence after its prompt.
+    """
+
+    def __init__(self, prompt: Sequence[int] | np.ndarray, namespace: str = "", verdict: Verdict | None = None):
+        self._tokens = np.array(prompt, dtype=np.int64)
+        self._length = self.prompt_length = len(self._tokens)
+        self.namespace = namespace
+        self.verdict = verdict
+        self.finished = False
+        self.steps = 0
+        self.scratch: dict[Any, Any] = {}
+
+    @property
+    def tokens(self) -> Int[np.ndarray, " length"]:
+        """All committed tokens, the prompt's first; a view that later steps do not change."""
+        return self._tokens[: self._length]
+
+    def extend(self, verdict: Verdict) -> None:
+        """Commit what a verdict says; amortised constant time per token."""
+        end = self._length + len(verdict.tokens)
+        if end > len(self._tokens):
+            grown = np.empty(2 * end, np.int64)
+            grown[: self._length] = self.tokens
+            self._tokens = grown
+        self._tokens[self._length : end] = verdict.tokens
+        self._length = end
+        self.verdict = verdict
+        self.steps += 1
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses continuations, cheaply, without changing a context.
+
+    It is never told of a rejection: at each call it catches up from ``context.tokens`` and ``context.verdict``.
+    A call with an empty budget asks only for that; a call may also skip steps (when nothing was drafted).
+
+    Attributes:
+        name: what ``stats`` calls it.
+        topk: how many of the target's candidates per node it wants in each verdict, 0 for none.
+        hidden: whether it wants the target's hidden states.
+    """
+
+    name: str
+    topk: int
+    hidden: bool
+
+    def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+        """One tree per context, within its budget, rooted at the context's last token."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Judges trees by one pass of the target over all of them, and keeps one root path of each."""
+
+    def verify(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[Verdict]:
+        """One verdict per tree. Raises ValueError for a tree whose law it cannot judge exactly."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Chooses how large the next trees may be from what has happened so far."""
+
+    def budget(self, contexts: Sequence[Context]) -> list[Budget]:
+        """One budget per context."""
+        ...
