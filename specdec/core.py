@@ -3,7 +3,7 @@
 A decoding step reads them in this order::
 
     budgets  = policy.budget(contexts)
-    trees    = drafter.draft(contexts, budgets)
+    trees    = policy.trim(contexts, drafter.draft(contexts, budgets))
     verdicts = verifier.verify(contexts, trees)
     for context, verdict in zip(contexts, verdicts): context.extend(verdict)
 """
@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
+
+from specdec import trees
 
 Law = Literal["iid", "swor"]
 
@@ -59,6 +61,14 @@ class DraftTree:
         paths = np.fromiter((1.0, *probability), np.float32, n)
         return cls(tokens, np.arange(-1, n - 1), paths, (source,) * n)
 
+    def take(self, kept: Int[np.ndarray, " kept"]) -> DraftTree:
+        """The tree of the ``kept`` nodes only: ascending, the root first, every node's parent among them."""
+        if len(kept) == len(self):
+            return self
+        tokens, parents, probability = trees.select(self.tokens, self.parents, self.probability, kept)
+        source = tuple(self.source[node] for node in kept.tolist())
+        return DraftTree(tokens, parents, probability, source, None if self.q is None else self.q[kept], self.law)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -85,13 +95,15 @@ class Verdict:
     """What one pass of the target said about one tree.
 
     Attributes:
-        tree: what was fed, the root included. For the prompt's own pass: a chain of prompt tokens.
+        tree: what was fed, the root included. For the prompt's own pass: the chain of the prompt's last tokens.
         path: the accepted nodes, root first.
         tokens: what was committed: the tokens of ``path[1:]`` and one more, chosen by the target after the last
-            accepted node; as many as ``path`` has nodes. Empty for the prompt's own pass.
+            accepted node; as many as ``path`` has nodes. For the prompt's own pass: the first new token alone.
         candidates: the target's most likely next tokens after *every* node, accepted or not, best first, from raw
             logits; ``None`` where no drafter asked for them.
         hidden: the target's last hidden state at every node; ``None`` where no drafter asked.
+        seconds: wall time of the pass that judged it, shared by all rows of its batch.
+        prompt: whether this is the prompt's own pass, in which nothing was guessed.
     """
 
     tree: DraftTree
@@ -99,6 +111,12 @@ class Verdict:
     tokens: Int[np.ndarray, " committed"]
     candidates: Int[np.ndarray, "nodes k"] | None = None
     hidden: Float[torch.Tensor, "nodes width"] | None = None
+    seconds: float = 0.0
+    prompt: bool = False
+
+
+class Unsupported(Exception):  # noqa: N818
+    """What was asked cannot be done speculatively; the message says why. Plain ``generate`` can do it."""
 
 
 class Context:
@@ -106,19 +124,19 @@ class Context:
 
     Attributes:
         prompt_length: how many of the tokens came with the prompt.
-        verdict: the last verdict; before the first step, that of the prompt's own pass if a drafter asked for it.
+        verdict: the last verdict; None before the prompt's own pass.
         namespace: whose memory drafters may use for it (a tenant, an agent, an adapter).
         finished: whether a stopping rule has ended it. A drafter sees a finished context once, with an empty
             budget, so that it may learn the end.
         scratch: what each drafter keeps for this sequence; dies with the context.
-        steps: target passes made for this sequence after its prompt.
+        steps: verdicts so far, the prompt's own among them.
     """
 
-    def __init__(self, prompt: Sequence[int] | np.ndarray, namespace: str = "", verdict: Verdict | None = None):
+    def __init__(self, prompt: Sequence[int] | np.ndarray, namespace: str = "") -> None:
         self._tokens = np.array(prompt, dtype=np.int64)
         self._length = self.prompt_length = len(self._tokens)
         self.namespace = namespace
-        self.verdict = verdict
+        self.verdict: Verdict | None = None
         self.finished = False
         self.steps = 0
         self.scratch: dict[Any, Any] = {}
@@ -177,5 +195,9 @@ class Policy(Protocol):
     """Chooses how large the next trees may be from what has happened so far."""
 
     def budget(self, contexts: Sequence[Context]) -> list[Budget]:
-        """One budget per context."""
+        """One budget per context: how much to draft."""
+        ...
+
+    def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """What of the drafted trees to verify. Drafting is cheap and verifying is not, so the choice is made twice."""
         ...

@@ -1,0 +1,6 @@
+"""Choosers of how much to draft."""
+
+from specdec.policies.fixed import FixedPolicy
+from specdec.policies.throughput import ThroughputPolicy
+
+__all__ = ["FixedPolicy", "ThroughputPolicy"]

@@ -1,0 +1,5 @@
+"""Judges of draft trees."""
+
+from specdec.verifiers.pathwise import PathwiseVerifier
+
+__all__ = ["PathwiseVerifier"]

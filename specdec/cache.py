@@ -1,0 +1,202 @@
+"""The target's KV rows: written in place, kept by path, ragged over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+GROWTH = 256  # spare slots made whenever a buffer must grow
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values in preallocated slots, one length per batch row.
+
+    Slot ``i`` of a row holds the row's token ``offset + i``. A pass writes its nodes behind each row's own length;
+    ``keep`` moves the accepted ones down and forgets the rest. With a ``window``, tokens that no row can attend to
+    any more are dropped from the front, a slackful at a time, so that a rejected draft never costs history.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.lengths: list[int] = [0]
+        self.offset = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate slots shaped after the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.lengths = self.lengths * key_states.shape[0] if len(self.lengths) == 1 else self.lengths
+        self._keys = self._slots(key_states, key_states.shape[-2] + GROWTH)
+        self._values = self._slots(value_states, key_states.shape[-2] + GROWTH)
+        self.is_initialized = True
+
+    @staticmethod
+    def _slots(like: torch.Tensor, capacity: int) -> torch.Tensor:
+        # Zeros: a masked slot still meets a zero weight in the sum over values, and 0 * NaN is NaN.
+        return like.new_zeros((*like.shape[:2], capacity, like.shape[-1]))
+
+    def update(
+        self,
+        key_states: Float[torch.Tensor, "b h n d"],
+        value_states: Float[torch.Tensor, "b h n e"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a pass's keys and values behind each row's length; return all slots up to the longest row's end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, top = key_states.shape[-2], max(self.lengths)
+        end = top - self.offset + n
+        self._reserve(end)
+        if min(self.lengths) == top:
+            self._keys[:, :, end - n : end] = key_states
+            self._values[:, :, end - n : end] = value_states
+        else:
+            for row, length in enumerate(self.lengths):
+                start = length - self.offset
+                self._keys[row, :, start : start + n] = key_states[row]
+                self._values[row, :, start : start + n] = value_states[row]
+        self.lengths = [length + n for length in self.lengths]
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+    def _reserve(self, end: int) -> None:
+        if end > self._keys.shape[2]:
+            self._move(0, end, end + max(GROWTH, end // 2))
+
+    def _move(self, front: int, end: int, capacity: int) -> None:
+        """Copy slots ``front:end`` to the start of fresh buffers."""
+        keys, values = self._slots(self._keys, capacity), self._slots(self._values, capacity)
+        end = min(end, self._keys.shape[2])
+        keys[:, :, : end - front] = self._keys[:, :, front:end]
+        values[:, :, : end - front] = self._values[:, :, front:end]
+        self._keys, self._values = keys, values
+
+    def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: dict[int, torch.Tensor]) -> None:
+        """Keep, of the nodes written behind ``base``, each row's path; ``moves`` has its nodes that lie elsewhere.
+
+        ``moves[row]`` holds the last ``m`` nodes of the row's path, from the first that is not where it must end.
+        """
+        for row, nodes in moves.items():
+            source = nodes.to(self.device) + (base[row] - self.offset)
+            stop = base[row] - self.offset + len(paths[row])
+            target = slice(stop - len(nodes), stop)
+            self._keys[row, :, target] = self._keys[row].index_select(1, source)
+            self._values[row, :, target] = self._values[row].index_select(1, source)
+        self.lengths = [length + len(path) for length, path in zip(base, paths, strict=True)]
+        self._show()
+        self._slide()
+
+    def _slide(self) -> None:
+        if self.window is None:
+            return
+        front = min(self.lengths) - self.window + 1 - self.offset
+        if front >= GROWTH:
+            end = max(self.lengths) - self.offset
+            self._move(front, end, end - front + 2 * GROWTH)
+            self.offset += front
+            self._show()
+
+    def _show(self) -> None:
+        end = max(self.lengths) - self.offset
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Start from another cache's rows, the last of ``length`` tokens; they are copied."""
+        self.lengths, self.offset = [length] * keys.shape[0], length - keys.shape[2]
+        self.lazy_initialization(keys, values)
+        self._keys[:, :, : keys.shape[2]] = keys
+        self._values[:, :, : keys.shape[2]] = values
+        self._show()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a pass over ``query_length`` tokens sees, and the token that the first of them holds."""
+        return self.get_seq_length() - self.offset + query_length, self.offset
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    def get_max_length(self) -> int:
+        """No maximum, or the window."""
+        return -1 if self.window is None else self.window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens of every row."""
+        self.lengths = [length - abs(tokens_to_remove) for length in self.lengths]
+        if self.is_initialized:
+            self._show()
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """A transformers cache made of SlotLayers: what the tree pass writes to and keeps paths in."""
+
+    @classmethod
+    def of(cls, cache: Cache) -> SlotCache | None:
+        """A SlotCache with the layers and contents of ``cache``; None where it has layers of another kind."""
+        if type(cache).__name__ not in ("DynamicCache", "SlotCache") or getattr(cache, "offloading", False):
+            return None
+        if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
+            return cls(layer_class_to_replicate=SlotLayer)
+        layers = [_slot_layer(layer) for layer in cache.layers]
+        return None if None in layers else cls(layers=layers)
+
+    @property
+    def slots(self) -> list[SlotLayer]:
+        """The layers that hold rows; others share an earlier layer's."""
+        return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held, per batch row."""
+        return list(self.slots[0].lengths)
+
+    def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """After a pass: of the nodes written behind the rows' lengths ``base``, keep each row's path, forget the rest."""
+        moves = {row: nodes for row, path in enumerate(paths) if len(nodes := _displaced(path))}
+        for layer in self.slots:
+            if layer.is_initialized:
+                layer.keep(base, paths, moves)
+
+    def hand_back(self, cache: Cache) -> None:
+        """Leave the rows in the user's own ``cache``, as plain ``generate`` would. All rows must be equally long."""
+        while len(cache.layers) < len(self.layers):
+            cache.layers.append(cache.layer_class_to_replicate())
+        for layer, slots in zip(cache.layers, self.layers, strict=True):
+            if isinstance(slots, SlotLayer) and slots.is_initialized:
+                _fill(layer, slots)
+
+
+def _displaced(path: Sequence[int]) -> torch.Tensor:
+    """The part of a path, to its end, that is not yet in consecutive slots."""
+    still = next((i for i, node in enumerate(path) if node != i), len(path))
+    return torch.tensor(path[still:], dtype=torch.long)
+
+
+def _slot_layer(layer: CacheLayerMixin) -> CacheLayerMixin | None:
+    if type(layer) is DummyLayer:
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return None
+    slots = SlotLayer(getattr(layer, "sliding_window", None))
+    if layer.get_seq_length() > 0:
+        slots.adopt(layer.keys, layer.values, layer.get_seq_length())
+    return slots
+
+
+def _fill(layer: CacheLayerMixin, slots: SlotLayer) -> None:
+    first = 0 if slots.window is None else max(0, slots.keys.shape[2] - slots.window + 1)
+    keys, values = slots.keys[:, :, first:], slots.values[:, :, first:]
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = slots.get_seq_length()

@@ -1,0 +1,198 @@
+"""Put speculation in front of a model's own ``generate``, and take it away again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import GenerationMixin
+
+from specdec.core import Drafter, Policy, Unsupported
+from specdec.speculate import Speculate
+from specdec.statistics import Stats
+from specdec.verifiers import PathwiseVerifier
+
+POSITIONAL = [name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")]
+# Ways of decoding that are somebody else's; the call is passed on as it is.
+OTHERS = (
+    "custom_generate",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+    "synced_gpus",
+)
+
+
+class Generate:
+    """What ``model.generate`` is while the model is wrapped: the same call, the same result, fewer target passes."""
+
+    def __init__(self, model: Any, speculate: Speculate, shadowed: Any = None) -> None:
+        self.model, self.speculate = model, speculate
+        self.shadowed = shadowed  # an attribute of the model itself that stood here before
+        self.__doc__ = type(model).generate.__doc__
+        self.__signature__ = inspect.signature(self.plain)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
+        """A deep copy of the model is wrapped for itself."""
+        return Generate(copy.deepcopy(self.model, memo), copy.deepcopy(self.speculate, memo), self.shadowed)
+
+    @property
+    def plain(self) -> Any:
+        """The model's own ``generate``."""
+        return self.shadowed or type(self.model).generate.__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate``, with every argument it takes."""
+        kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        other = next((name for name in OTHERS if _asks(self.model, kwargs, name)), None)
+        try:
+            if other is not None:
+                raise Unsupported(f"{other}= asks for another way of decoding")
+            return self._speculative(**kwargs)
+        except Unsupported as why:
+            if self.speculate.on_unsupported == "error":
+                raise ValueError(f"specdec cannot run this: {why}") from why
+            self.speculate.stats.plain_generations += 1
+            self.speculate.stats.reason(f"plain generate: {why}")
+        return self.plain(**kwargs)
+
+    def _speculative(self, streamer: Any = None, **kwargs: Any) -> Any:
+        """Let ``generate`` prepare everything and decode in its place.
+
+        The streamer, the tokenizer and what needs it never reach a decoding loop of ours, so they are bound here.
+        """
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise Unsupported("encoder-decoder models are not supported")
+        kwargs = _with_stop_strings(self.model, kwargs)
+
+        def loop(
+            model: Any,
+            input_ids: torch.Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **model_kwargs: Any,
+        ) -> Any:
+            parts = (input_ids, logits_processor, stopping_criteria, generation_config)
+            return self.speculate.run(model, *parts, model_kwargs, streamer)
+
+        try:
+            result = self.plain(custom_generate=loop, **kwargs)
+        except Unsupported:
+            raise  # plain generate will use the streamer
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+        if streamer is not None:
+            streamer.end()
+        return result
+
+
+def _asks(model: Any, kwargs: dict[str, Any], name: str) -> bool:
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return bool(kwargs.get(name, getattr(config, name, None)))
+
+
+def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Turn ``stop_strings`` into the stopping rule that ``generate`` would make of them."""
+    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings") or getattr(config or model.generation_config, "stop_strings", None)
+    if not strings or tokenizer is None:
+        return kwargs
+    rules = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    rules.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+    kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
+    config = copy.deepcopy(config or model.generation_config)
+    config.stop_strings = None
+    return {**kwargs, "stopping_criteria": rules, "generation_config": config}
+
+
+def wrap(
+    model: nn.Module,
+    drafter: Drafter | str = "auto",
+    policy: Policy | str = "auto",
+    verifier: PathwiseVerifier | str = "pathwise",
+    on_unsupported: Literal["fallback", "error"] = "fallback",
+    namespace: str = "",
+) -> Any:
+    """Make ``model.generate`` speculative, in place; everything it takes and returns stays the same.
+
+    A model that is wrapped already is wrapped anew with the new parts. A compiled module's own module is wrapped.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one.
+        drafter, policy, verifier, on_unsupported, namespace: see ``Speculate``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: for something that has no ``generate`` of transformers' kind.
+    """
+    inner = _inner(model)
+    if not callable(getattr(type(inner), "generate", None)):
+        raise TypeError(f"wrap: got {type(model).__name__}; give a transformers model with a generate method")
+    unwrap(model)
+    parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
+    inner.generate = Generate(inner, parts, vars(inner).get("generate"))
+    return model
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Give the model its own ``generate`` back; does nothing to a model that is not wrapped. Returns the model."""
+    inner = _inner(model)
+    ours = vars(inner).get("generate")
+    if isinstance(ours, Generate):
+        del inner.generate
+        if ours.shadowed is not None:
+            inner.generate = ours.shadowed
+    return model
+
+
+@contextmanager
+def speculating(
+    model: nn.Module,
+    drafter: Drafter | str = "auto",
+    policy: Policy | str = "auto",
+    verifier: PathwiseVerifier | str = "pathwise",
+    on_unsupported: Literal["fallback", "error"] = "fallback",
+    namespace: str = "",
+) -> Iterator[Any]:
+    """The model wrapped inside the ``with`` block, as it was before after it. Takes what ``wrap`` takes."""
+    inner = _inner(model)
+    before = vars(inner).get("generate")
+    wrap(model, drafter, policy, verifier, on_unsupported, namespace)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+        if before is not None:
+            inner.generate = before
+
+
+def stats(model: nn.Module) -> Stats:
+    """What a wrapped model has done so far.
+
+    Raises:
+        ValueError: for a model that is not wrapped.
+    """
+    generate = vars(_inner(model)).get("generate")
+    if not isinstance(generate, Generate):
+        raise ValueError(f"stats: this {type(model).__name__} is not wrapped; call specdec.wrap(model) first")
+    return generate.speculate.stats
+
+
+def _inner(model: Any) -> Any:
+    """The module behind ``torch.compile``'s wrapper, whose ``generate`` is what runs anyway."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got {type(model).__name__}; give a transformers model")
+    return getattr(model, "_orig_mod", model)

@@ -1,0 +1,58 @@
+"""A drafter that cannot do harm: whatever it raises or returns costs speed, never output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec import trees
+from specdec.core import Budget, Context, Drafter, DraftTree
+from specdec.statistics import Stats
+
+
+class GuardedDrafter:
+    """Passes on the good trees of another drafter and replaces the rest by the empty guess, counting why.
+
+    Args:
+        drafter: the drafter to guard.
+        stats: where faults are counted.
+        vocab: number of token ids the target knows.
+        chains: whether trees must be cut to one path.
+    """
+
+    def __init__(self, drafter: Drafter, stats: Stats, vocab: int, chains: bool = False) -> None:
+        self.drafter, self.stats, self.vocab, self.chains = drafter, stats, vocab, chains
+        self.name = getattr(drafter, "name", type(drafter).__name__)
+        self.topk, self.hidden = int(getattr(drafter, "topk", 0)), bool(getattr(drafter, "hidden", False))
+
+    def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+        """One sound tree per context, within its budget."""
+        roots = [DraftTree.root(int(context.tokens[-1])) for context in contexts]
+        try:
+            drafted = self.drafter.draft(contexts, budgets)
+        except Exception as error:  # a third party's code may raise anything; it is counted and said
+            self.stats.fault(self.name, f"raised {type(error).__name__}: {error}")
+            return roots
+        if not isinstance(drafted, (list, tuple)) or len(drafted) != len(contexts):
+            self.stats.fault(self.name, f"returned {type(drafted).__name__} instead of {len(contexts)} trees")
+            return roots
+        return [self._sound(*triple) for triple in zip(drafted, roots, budgets, strict=True)]
+
+    def _sound(self, tree: DraftTree, root: DraftTree, budget: Budget) -> DraftTree:
+        if not isinstance(tree, DraftTree):
+            self.stats.fault(self.name, f"returned a {type(tree).__name__} where a DraftTree was due")
+            return root
+        last, size = int(root.tokens[0]), len(tree.source)
+        fault = trees.fault(tree.tokens, tree.parents, tree.probability, last, self.vocab, size, size, size)
+        if fault or size != len(tree):
+            self.stats.fault(self.name, fault or f"names {size} sources for {len(tree)} nodes")
+            return root
+        return self._within(tree, budget)
+
+    def _within(self, tree: DraftTree, budget: Budget) -> DraftTree:
+        width = 1 if self.chains else budget.width
+        kept = trees.prune(tree.parents, tree.probability, budget.nodes, budget.depth, width, 0.0)
+        if len(kept) == len(tree):
+            return tree
+        if not self.chains:
+            self.stats.fault(self.name, f"drafted {len(tree) - 1} nodes beyond its budget of {budget}")
+        return tree.take(kept)

@@ -1,0 +1,268 @@
+"""A causal LM with its KV rows: one pass over a batch of trees, then keep one path of each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation.configuration_utils import GenerationConfig
+
+from specdec.cache import SlotCache
+from specdec.core import DraftTree, Unsupported
+from specdec.masks import Layout, Reach, additive, tree_mask
+
+Level = Literal["tree", "chain", "plain"]
+OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict")
+CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a module takes a draft in one pass; found by the self-test in ``attach``.
+
+    Attributes:
+        level: "tree" any tree; "chain" one path, in plain causal order; "plain" nothing but single tokens.
+        per_type: whether it takes one mask per layer type, in a dict, or one for all layers.
+        additive: whether masks are added to scores (eager attention) or say True where to attend (sdpa).
+        reason: why no higher level.
+    """
+
+    level: Level
+    per_type: bool = False
+    additive: bool = False
+    reason: str = ""
+
+
+def reaches(config: Any) -> dict[str, Reach] | None:
+    """How far each of a text model's layer types looks back, by name; None where a type is not known here."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    known = {"full_attention": Reach(), "sliding_attention": Reach(window), "chunked_attention": Reach(chunk=chunk)}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
+    return {name: known[name] for name in dict.fromkeys(types)} if set(types) <= set(known) else None
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one target pass gives: logits [rows, nodes, vocab], and hidden states [rows, nodes, width] if asked for."""
+
+    logits: Float[torch.Tensor, "rows nodes vocab"]
+    hidden: Float[torch.Tensor, "rows nodes width"] | None = None
+
+
+class Model:
+    """One generation's hold on a causal LM. The same class serves as target and as small drafter.
+
+    The cache holds every committed token but the last, of each row. Made by ``start``; ``forward`` adds the nodes of
+    a batch of trees behind it, ``keep`` settles which of them stay.
+
+    Args:
+        module: a transformers causal LM, in evaluation mode.
+        form: what its self-test found.
+    """
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        self.module: Any = module
+        self.form = form
+        self.config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        self.takes_all_logits = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        self.buckets: tuple[int, ...] = ()
+
+    def start(
+        self,
+        input_ids: Int[torch.Tensor, "rows prompt"],
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        logits: int = 1,
+    ) -> Float[torch.Tensor, "rows last vocab"]:
+        """Run the prompt as ``generate`` would and take hold of its cache.
+
+        Args:
+            model_kwargs: as ``generate`` hands them to a decoding loop; changed in place.
+            logits: how many of the prompt's last positions to return logits for; the model may return fewer or more.
+
+        Raises:
+            Unsupported: the cache is of a kind that cannot be taken back after a rejected draft.
+        """
+        self._take_cache(model_kwargs)
+        if logits > 1 and "logits_to_keep" in model_kwargs:
+            model_kwargs["logits_to_keep"] = logits
+        outputs = self.module._prefill(input_ids, generation_config, model_kwargs)
+        model_kwargs = self.module._update_model_kwargs_for_generation(outputs, model_kwargs)
+        cache = model_kwargs.get(self.cache_name)
+        if not isinstance(cache, Cache):
+            raise Unsupported(f"{type(self.module).__name__} keeps no transformers Cache (got {type(cache).__name__})")
+        self.cache = cache
+        self._learn_inputs(input_ids, model_kwargs)
+        return outputs.logits
+
+    def _take_cache(self, model_kwargs: dict[str, Any]) -> None:
+        self.cache_name = next((name for name in CACHES if model_kwargs.get(name) is not None), CACHES[0])
+        cache = model_kwargs.get(self.cache_name)
+        self.users_cache = cache if getattr(cache, "_is_user_defined", False) else None
+        if self.users_cache is None and isinstance(cache, StaticCache):
+            cache = DynamicCache(config=self.config)
+        self.foreign: Cache | None = cache
+        slots = SlotCache.of(cache) if isinstance(cache, Cache) else None
+        if slots is not None:
+            model_kwargs[self.cache_name] = slots
+        elif self.form.level == "tree" or self.users_cache is not None or type(cache) not in (DynamicCache, NoneType):
+            raise Unsupported(f"drafts cannot be taken back from a {type(cache).__name__} of {_kinds(cache)}")
+
+    def _learn_inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """See what ``generate`` would feed next, and keep all of it that does not change from step to step."""
+        rows = input_ids.shape[0]
+        longer = torch.cat([input_ids, input_ids.new_zeros(rows, 1)], dim=-1)
+        inputs = self.module.prepare_inputs_for_generation(longer, next_sequence_length=1, **model_kwargs)
+        self.lengths = self._cache_lengths(longer)
+        self.prompt_length = self.lengths[0]
+        mask = model_kwargs.get("attention_mask")
+        self.visible = None if mask is None else mask[:, :-1].bool()
+        if self.visible is not None and self.visible.shape[1] != self.lengths[0]:
+            raise Unsupported("the cache holds tokens that the attention mask does not show (prompt tuning?)")
+        positions = inputs.get("position_ids")
+        self.shift = None if positions is None else positions - self.lengths[0]
+        self.extras = {name: value for name, value in inputs.items() if name not in (*OURS, *CACHES, "inputs_embeds")}
+        self.device = inputs["input_ids"].device
+
+    def _cache_lengths(self, longer: torch.Tensor) -> list[int]:
+        if isinstance(self.cache, SlotCache):
+            return self.cache.lengths if len(self.cache.lengths) == len(longer) else self.cache.lengths * len(longer)
+        try:
+            length = self.cache.get_seq_length()
+        except ValueError:  # a cache of recurrent states alone counts nothing
+            length = longer.shape[1] - 1
+        return [length] * len(longer)
+
+    @torch.no_grad()
+    def forward(self, batch: Sequence[DraftTree], hidden: bool = False) -> Pass:
+        """One target pass over every node of every row's tree; row i of the result is what follows node i."""
+        layout = Layout.of(batch, self._width(batch)).to(self.device)
+        self._batch, self._base = batch, list(self.lengths)
+        if not isinstance(self.cache, SlotCache) and layout.tokens.shape[1] > 1:
+            self._snapshot = _states(self.cache)
+        outputs = self._run(layout, hidden)
+        return Pass(outputs.logits, outputs.hidden_states[-1] if hidden else None)
+
+    def _width(self, batch: Sequence[DraftTree]) -> int:
+        n = max(map(len, batch))
+        return next((size for size in self.buckets if size >= n), n)
+
+    def _run(self, layout: Layout, hidden: bool = False) -> Any:
+        inputs: dict[str, Any] = {"input_ids": layout.tokens, self.cache_name: self.cache, "use_cache": True}
+        inputs |= {name: _widened(name, value, layout.tokens.shape[1]) for name, value in self.extras.items()}
+        if (mask := self._mask(layout)) is not None:
+            inputs["attention_mask"] = mask
+        if self.shift is not None:
+            inputs["position_ids"] = self._positions(layout)
+        if self.takes_all_logits:
+            inputs["logits_to_keep"] = 0
+        if hidden:
+            inputs["output_hidden_states"] = True
+        return self.module(**inputs, return_dict=True)
+
+    def _positions(self, layout: Layout) -> Int[torch.Tensor, "... rows nodes"]:
+        depth = layout.depth
+        if self.form.level != "tree":
+            depth = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
+        return self.shift + torch.tensor(self.lengths, device=depth.device)[:, None] + depth
+
+    def _mask(self, layout: Layout) -> Any:
+        rows, nodes = layout.tokens.shape
+        if self.visible is None and (nodes == 1 and len(set(self.lengths)) == 1 or self.form.level != "tree"):
+            return None  # as plain generate: the model's own causal mask
+        if self.form.level != "tree":
+            new = self.visible.new_ones(rows, self.lengths[0] + nodes - self.visible.shape[1])
+            return torch.cat([self.visible, new], dim=-1)
+        masks = {name: self._mask_for(layout, name, reach) for name, reach in self._reaches().items()}
+        return masks if self.form.per_type else next(iter(masks.values()))
+
+    def _reaches(self) -> dict[str, Reach]:
+        known = reaches(self.config)
+        assert known is not None, "a module at tree level has only known layer types"
+        return known
+
+    def _mask_for(self, layout: Layout, name: str, reach: Reach) -> torch.Tensor:
+        types = getattr(self.config, "layer_types", None) or [name]
+        assert isinstance(self.cache, SlotCache)
+        layer = (
+            self.cache.layers[types.index(name)] if types.index(name) < len(self.cache.layers) else self.cache.slots[0]
+        )
+        columns, offset = layer.get_mask_sizes(layout.tokens.shape[1])
+        mask = tree_mask(layout, self.lengths, reach, columns, offset, self.visible)
+        return additive(mask, self.module.dtype) if self.form.additive else mask
+
+    @torch.no_grad()
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of the last pass, keep each row's path, root first; an empty path leaves the row as it was before."""
+        if isinstance(self.cache, SlotCache):
+            self.cache.keep(self._base, paths)
+        elif any(len(path) < self._width(self._batch) for path in paths):
+            self._replay(paths)
+        self.lengths = [base + len(path) for base, path in zip(self._base, paths, strict=True)]
+
+    def _replay(self, paths: Sequence[Sequence[int]]) -> None:
+        """Recurrent states cannot be cut back: restore those before the pass and run the kept tokens again."""
+        _restore(self.cache, self._snapshot)
+        kept = [tree.tokens[list(path)] for tree, path in zip(self._batch, paths, strict=True)]
+        assert len({len(tokens) for tokens in kept}) == 1, "rows of a model with recurrent states move in lockstep"
+        chains = [DraftTree.chain(tokens[0], tokens[1:], [1.0] * (len(tokens) - 1), "") for tokens in kept]
+        self._run(Layout.of(chains, len(kept[0])).to(self.device))
+
+    def finish(self, missing: Sequence[Sequence[int]]) -> Cache:
+        """The cache as plain ``generate`` would leave it, after each row's ``missing`` tokens are fed too.
+
+        The user's own cache object where one was given, else one of the kind ``generate`` makes.
+        """
+        if any(missing):
+            chains = [DraftTree.chain(row[0], row[1:], [1.0] * len(row[1:]), "") if row else ROOT for row in missing]
+            self.forward(chains)
+            self.keep([range(len(row)) for row in missing])
+        if isinstance(self.cache, SlotCache) and self.foreign is not None:
+            self.cache.hand_back(self.foreign)
+            return self.foreign
+        return self.cache
+
+
+ROOT = DraftTree.root(0)
+
+
+def _kinds(cache: Any) -> str:
+    return ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})) or "no layers"
+
+
+def _widened(name: str, value: Any, nodes: int) -> Any:
+    """Inputs that have one entry per token are as wide as the pass."""
+    per_token = name.endswith("token_type_ids") or name == "cache_position"
+    return value.expand(*value.shape[:-1], nodes) if per_token and isinstance(value, torch.Tensor) else value
+
+
+def _states(cache: Cache) -> list[dict[str, Any]]:
+    """A snapshot of a cache whose layers hold more than keys and values.
+
+    Keys and values are kept by reference, since such layers grow by making new tensors; the rest, which is written
+    in place and does not grow with the text, is copied.
+    """
+    return [{name: _copied(name, value) for name, value in vars(layer).items()} for layer in cache.layers]
+
+
+def _copied(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied("", item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied("", item) for item in value]
+    return value.clone() if isinstance(value, torch.Tensor) and name not in ("keys", "values") else value
+
+
+def _restore(cache: Cache, states: list[dict[str, Any]]) -> None:
+    for layer, state in zip(cache.layers, states, strict=True):
+        vars(layer).clear()
+        vars(layer).update(state)

@@ -1,0 +1,74 @@
+"""Text as it is generated, each token in the colour of the drafter that guessed it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from specdec.statistics import Stats
+
+COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+class Printer:
+    """A streamer for one row that prints to a console.
+
+    Text is held back only while its last character is incomplete. ``stats`` says who guessed each token; without it
+    all are the target's.
+    """
+
+    def __init__(self, console: Console, tokenizer: Any, stats: Stats | None = None):
+        self.console = console
+        self.tokenizer = tokenizer
+        self.stats = stats
+        self.shares: Counter[str] = Counter()
+        self._styles: dict[str, str] = {"": ""}
+        self._line: list[int] = []  # tokens since the last line end: what must be decoded together
+        self._printed = 0
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Print new tokens; the first call brings the prompt and prints nothing."""
+        if self._prompt_seen:
+            for token in value.flatten().tolist():
+                self._print(token)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Print what was held back, and end the line."""
+        self.console.out(self._text()[self._printed :], highlight=False)
+
+    def style(self, source: str) -> str:
+        """The drafter's colour, given in the order in which drafters first appear; none for the target."""
+        return self._styles.setdefault(source, COLOURS[(len(self._styles) - 1) % len(COLOURS)])
+
+    def legend(self) -> Text:
+        """Which colour is whose, and each one's share of the tokens."""
+        total = max(self.shares.total(), 1)
+        parts = [
+            Text(f"{source or 'target'} {count / total:.0%}", self.style(source))
+            for source, count in self.shares.most_common()
+        ]
+        return Text("  ").join(parts)
+
+    def _print(self, token: int) -> None:
+        source = self._source()
+        self.shares[source] += 1
+        self._line.append(token)
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.console.out(text[self._printed :], style=self.style(source), end="", highlight=False)
+            self._printed = len(text)
+        if text.endswith("\n"):
+            self._line, self._printed = [], 0
+
+    def _source(self) -> str:
+        return self.stats.sources[0][self.shares.total()] if self.stats and self.stats.sources else ""
+
+    def _text(self) -> str:
+        text: str = self.tokenizer.decode(self._line, skip_special_tokens=True)
+        return text

@@ -1,0 +1,256 @@
+"""From a row of logits to a committed token, exactly as ``generate`` does it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from transformers.generation import logits_process as process
+from transformers.generation import stopping_criteria as stopping
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+# Processors that treat each row by itself and remember nothing, so that rows may be at different lengths.
+ROWWISE = (
+    process.MinLengthLogitsProcessor,
+    process.MinNewTokensLengthLogitsProcessor,
+    process.TemperatureLogitsWarper,
+    process.RepetitionPenaltyLogitsProcessor,
+    process.TopPLogitsWarper,
+    process.TopKLogitsWarper,
+    process.MinPLogitsWarper,
+    process.TypicalLogitsWarper,
+    process.EpsilonLogitsWarper,
+    process.EtaLogitsWarper,
+    process.NoRepeatNGramLogitsProcessor,
+    process.SequenceBiasLogitsProcessor,
+    process.NoBadWordsLogitsProcessor,
+    process.ForcedBOSTokenLogitsProcessor,
+    process.ForcedEOSTokenLogitsProcessor,
+    process.InfNanRemoveLogitsProcessor,
+    process.ExponentialDecayLengthPenalty,
+    process.LogitNormalization,
+    process.SuppressTokensAtBeginLogitsProcessor,
+    process.SuppressTokensLogitsProcessor,
+)
+ROWWISE_CRITERIA = (
+    stopping.MaxLengthCriteria,
+    stopping.MaxTimeCriteria,
+    stopping.EosTokenCriteria,
+    stopping.StopStringCriteria,
+)
+
+
+@dataclass(slots=True)
+class Group:
+    """Batch rows that commit their tokens together; all are equally long.
+
+    Attributes:
+        rows: their numbers in the batch.
+        ids: their committed tokens, padding included, in a buffer of which the first ``length`` columns count.
+        unfinished: 1 for each row that no stopping rule has ended.
+    """
+
+    rows: list[int]
+    ids: Int[torch.Tensor, "rows capacity"]
+    length: int
+    unfinished: Int[torch.Tensor, " rows"]
+
+    @property
+    def done(self) -> bool:
+        """Whether every row of the group has ended."""
+        return not bool(self.unfinished.any())
+
+    def append(self, tokens: Int[torch.Tensor, " rows"]) -> Int[torch.Tensor, "rows length"]:
+        """Commit one token per row; return all committed ids."""
+        if self.length == self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], dim=1)
+        self.ids[:, self.length] = tokens
+        self.length += 1
+        return self.ids[:, : self.length]
+
+
+class Noise:
+    """The random numbers of ``torch.multinomial`` over a whole batch, kept until the last row has used them.
+
+    Plain ``generate`` draws for all rows of a step at once. Rows that run ahead take their share of a later step's
+    draw early; drawing whole steps in order leaves every row, and the generator, as plain ``generate`` would.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.steps: dict[int, torch.Tensor] = {}
+        self.drawn = 0
+
+    def draw(self, probabilities: Float[torch.Tensor, "1 vocab"], row: int, step: int) -> Int[torch.Tensor, " 1"]:
+        """What ``torch.multinomial`` over the batch would draw for ``row`` at ``step``."""
+        if not bool(torch.isfinite(probabilities).all()):
+            return torch.multinomial(probabilities, 1)[0]  # raises as plain generate does
+        while self.drawn <= step:
+            whole = probabilities.new_empty(self.rows, probabilities.shape[1])
+            self.steps[self.drawn] = whole.exponential_(1)
+            self.drawn += 1
+        return (probabilities[0] / self.steps[step][row]).argmax(-1, keepdim=True)
+
+    def forget(self, before: int) -> None:
+        """Drop the steps that every row has passed."""
+        for step in [step for step in self.steps if step < before]:
+            del self.steps[step]
+
+    @staticmethod
+    def agrees(device: torch.device) -> bool:
+        """Whether this torch draws as assumed here; the generator's state is left as it was."""
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            probabilities = torch.softmax(torch.linspace(0, 2, 300, device=device).view(3, 100), -1)
+            state = torch.cuda.get_rng_state(device) if devices else torch.get_rng_state()
+            theirs = torch.multinomial(probabilities, 1).flatten()
+            after = torch.rand(1, device=device)
+            torch.cuda.set_rng_state(state, device) if devices else torch.set_rng_state(state)
+            noise = Noise(3)
+            ours = torch.cat([noise.draw(probabilities[row : row + 1], row, 0) for row in range(3)])
+            return bool((ours == theirs).all() and (torch.rand(1, device=device) == after).all())
+
+
+class Sampler:
+    """Turns rows of logits into committed tokens: processors, choice, stopping rules, streamer, records.
+
+    Every processor is called once per committed token, in order, on that token's own prefix, so stateful ones are
+    right. Rows of a batch advance on their own where everything involved treats rows one by one; otherwise in
+    lockstep, one group for the whole batch.
+
+    Args:
+        input_ids: the prompts, left-padded.
+        processors, criteria, config: as ``generate`` prepared them.
+        streamer: gets each committed token after the stopping rules have seen it.
+        lockstep: keep all rows together whatever the parts allow.
+    """
+
+    def __init__(
+        self,
+        input_ids: Int[torch.Tensor, "rows prompt"],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any = None,
+        lockstep: bool = False,
+    ) -> None:
+        self.processors, self.criteria, self.streamer = processors, criteria, streamer
+        self.prompt = input_ids.shape[1]
+        self.sample = bool(config.do_sample)
+        self.ends = any(hasattr(rule, "eos_token_id") for rule in criteria)
+        self.pad = config._pad_token_tensor.to(input_ids.device) if config._pad_token_tensor is not None else None
+        self.scores: tuple[torch.Tensor, ...] | None = () if _wanted(config, config.output_scores) else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if _wanted(config, config.output_logits) else None
+        self.max_length: int | None = getattr(criteria, "max_length", None)
+        rows = input_ids.shape[0]
+        together = rows == 1 or lockstep or not self._rowwise(input_ids.device)
+        self.groups = [
+            self._group(input_ids, which) for which in ([list(range(rows))] if together else [[r] for r in range(rows)])
+        ]
+        self.noise = None if together or not self.sample else Noise(rows)
+        self.generated: list[list[int]] = [[] for _ in range(rows)]
+        self.finished = [False] * rows
+
+    def _rowwise(self, device: torch.device) -> bool:
+        return (
+            all(type(part) in ROWWISE and _stateless(part) for part in self.processors)
+            and all(type(rule) in ROWWISE_CRITERIA for rule in self.criteria)
+            # Without an end-of-sequence rule, plain generate goes on writing rows that a rule has ended.
+            and (self.ends or all(type(rule) is stopping.MaxLengthCriteria for rule in self.criteria))
+            and self.scores is None
+            and self.logits is None
+            and (not self.sample or Noise.agrees(device))
+        )
+
+    @staticmethod
+    def _group(input_ids: torch.Tensor, rows: list[int]) -> Group:
+        ids = torch.cat([input_ids[rows], input_ids.new_empty(len(rows), 256)], dim=1)
+        return Group(rows, ids, input_ids.shape[1], torch.ones(len(rows), dtype=torch.long, device=ids.device))
+
+    @property
+    def quick(self) -> bool:
+        """Whether a token follows from its row's argmax, its length, and the clock alone."""
+        known = (stopping.MaxLengthCriteria, stopping.MaxTimeCriteria, stopping.EosTokenCriteria)
+        return (
+            not (self.sample or self.processors)
+            and self.scores is None
+            and self.logits is None
+            and all(type(rule) in known for rule in self.criteria)
+            and all(len(group.rows) == 1 for group in self.groups)
+        )
+
+    def choose(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
+        """The group's next tokens; rows that have ended get padding."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=group.ids.device)
+        scores = self.processors(group.ids[:, : group.length], logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        tokens = self._draw(group, scores) if self.sample else scores.argmax(-1)
+        if self.ends:
+            tokens = tokens * group.unfinished + self.pad * (1 - group.unfinished)
+        return tokens
+
+    def _draw(self, group: Group, scores: torch.Tensor) -> Int[torch.Tensor, " rows"]:
+        probabilities = torch.softmax(scores, dim=-1)
+        if self.noise is None:
+            return torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        (row,) = group.rows
+        return self.noise.draw(probabilities, row, len(self.generated[row]))
+
+    def commit(self, group: Group, tokens: Int[torch.Tensor, " rows"]) -> None:
+        """Add the chosen tokens, ask the stopping rules, and tell the streamer."""
+        ids = group.append(tokens)
+        for row, token in zip(group.rows, tokens.tolist(), strict=True):
+            self.generated[row].append(token)
+        group.unfinished = group.unfinished & ~self.criteria(ids, self.scores)
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        for row, unfinished in zip(group.rows, group.unfinished.tolist(), strict=True):
+            self.finished[row] = not unfinished
+        if self.noise is not None:
+            going = [len(row) for row, over in zip(self.generated, self.finished, strict=True) if not over]
+            self.noise.forget(min(going, default=0))
+
+    def commit_quick(self, group: Group, token: int) -> bool:
+        """``commit`` for a ``quick`` sampler and a group of one row, without leaving the host; whether the row ended."""
+        (row,) = group.rows
+        self.generated[row].append(token)
+        over = any(self._over(rule, row, token) for rule in self.criteria)
+        if over:
+            group.unfinished = group.unfinished * 0
+            self.finished[row] = True
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+        return over
+
+    def _over(self, rule: Any, row: int, token: int) -> bool:
+        if type(rule) is stopping.MaxLengthCriteria:
+            return self.prompt + len(self.generated[row]) >= rule.max_length
+        if type(rule) is stopping.MaxTimeCriteria:
+            return time.time() - rule.initial_timestamp > rule.max_time
+        return token in rule.eos_token_id.tolist()
+
+    def sequences(self, input_ids: Int[torch.Tensor, "rows prompt"]) -> Int[torch.Tensor, "rows length"]:
+        """Prompts and generated tokens, rows that ended early padded on the right, as ``generate`` returns them."""
+        longest = max(map(len, self.generated))
+        pad = 0 if self.pad is None else int(self.pad)
+        rows = [row + [pad] * (longest - len(row)) for row in self.generated]
+        return torch.cat(
+            [input_ids, torch.tensor(rows, dtype=torch.long, device=input_ids.device).view(len(rows), -1)], 1
+        )
+
+
+def _wanted(config: GenerationConfig, output: bool | None) -> bool:
+    return bool(config.return_dict_in_generate and output)
+
+
+def _stateless(part: Any) -> bool:
+    # Its left-padding lengths are one per row of the whole batch.
+    return not isinstance(getattr(part, "prompt_ignore_length", None), torch.Tensor)

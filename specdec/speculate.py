@@ -1,0 +1,259 @@
+"""One speculative generation, from what ``generate`` has prepared to what it returns."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from specdec.attach import Attachment, attach
+from specdec.core import Context, Drafter, Policy, Unsupported
+from specdec.decoder import Decoder
+from specdec.guard import GuardedDrafter
+from specdec.limits import room
+from specdec.model import Model
+from specdec.policies import ThroughputPolicy
+from specdec.sampling import Sampler
+from specdec.statistics import Stats
+from specdec.verifiers import PathwiseVerifier
+
+PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
+PROMPT_LOGITS_ROWS = 256
+
+
+class Speculate:
+    """A decoding loop for ``model.generate(..., custom_generate=Speculate())``.
+
+    Args:
+        drafter: a Drafter, or "auto", "ngram", "recycling".
+        policy: a Policy, or "auto": the tree size that measured passes say gives most tokens per second.
+        verifier: a PathwiseVerifier, or "pathwise".
+        on_unsupported: what to do where speculation cannot give plain ``generate``'s result: "fallback" runs the
+            plain loop and says why once, "error" raises.
+        namespace: whose memory drafters may use.
+
+    Attributes:
+        stats: what it has done, over all generations.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter | str = "auto",
+        policy: Policy | str = "auto",
+        verifier: PathwiseVerifier | str = "pathwise",
+        on_unsupported: Literal["fallback", "error"] = "fallback",
+        namespace: str = "",
+    ) -> None:
+        self.drafter = make_drafter(drafter)
+        self.policy = _checked_policy(policy)
+        self.verifier = _checked_verifier(verifier)
+        if on_unsupported not in ("fallback", "error"):
+            raise ValueError(f"on_unsupported={on_unsupported!r}: give 'fallback' or 'error'")
+        self.on_unsupported = on_unsupported
+        self.namespace = namespace
+        self.stats = Stats()
+        self._attachments: weakref.WeakKeyDictionary[nn.Module, tuple[Attachment, Policy]] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Speculate:
+        """For a copied model: the same parts, nothing counted yet."""
+        return Speculate(self.drafter, self.policy, self.verifier, self.on_unsupported, self.namespace)
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Int[torch.Tensor, "rows prompt"],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What ``generate`` calls; falls back to its own loop for greedy and sampled decoding."""
+        parts = (input_ids, logits_processor, stopping_criteria, generation_config)
+        try:
+            return self.run(model, *parts, dict(model_kwargs))
+        except Unsupported as why:
+            if self.on_unsupported == "error" or _mode(generation_config) not in MODES:
+                raise ValueError(f"specdec cannot run this: {why}") from why
+            self.stats.plain_generations += 1
+            self.stats.reason(f"plain decoding: {why}")
+            return model._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **model_kwargs,
+            )
+
+    def run(
+        self,
+        model: Any,
+        input_ids: Int[torch.Tensor, "rows prompt"],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        streamer: Any = None,
+    ) -> Any:
+        """One generation. Raises Unsupported before anything of the caller's has been touched."""
+        check(model, generation_config)
+        attachment, policy = self._attached(model)
+        if attachment.form.level == "plain":
+            raise Unsupported(f"{type(model).__name__} takes no drafts ({attachment.form.reason})")
+        stats = Stats(self.stats)
+        stats.level = attachment.form.level
+        sampler = Sampler(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            attachment.form.level == "chain",
+        )
+        target = Model(model, attachment.form)
+        drafter = GuardedDrafter(self.drafter, stats, target.config.vocab_size, attachment.form.level == "chain")
+        rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
+        with stats.clock("prefill"):
+            logits = target.start(input_ids, generation_config, model_kwargs, rows)
+        self.stats.generations += 1
+        stats.generations = 1
+        verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
+        self.stats.sources = stats.sources
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        contexts, padding = self._contexts(input_ids, target)
+        for context, verdict in zip(contexts, verifier.first(contexts, logits), strict=True):
+            context.extend(verdict)
+            stats.observe(verdict)
+        del logits
+        limit = room(target.config, sampler.max_length, padding, contexts)
+        for context, over in zip(contexts, sampler.finished, strict=True):
+            context.finished = over
+        Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
+        return self._output(input_ids, generation_config, sampler, target, stats)
+
+    def _attached(self, model: Any) -> tuple[Attachment, Policy]:
+        """The model's self-test, done once; and the policy that goes with its pass times."""
+        if model not in self._attachments:
+            found = attach(model)
+            policy = ThroughputPolicy(found.seconds) if isinstance(self.policy, str) else self.policy
+            self._attachments[model] = found, policy
+            self.stats.level = found.form.level
+            if found.form.level == "chain":
+                self.stats.reason(f"{type(model).__name__} takes drafts as chains only: {found.form.reason}")
+        return self._attachments[model]
+
+    def _contexts(self, input_ids: torch.Tensor, target: Model) -> tuple[list[Context], list[int]]:
+        """One context per row, without its left padding, and how much padding that was."""
+        rows = input_ids.cpu().numpy()
+        if target.visible is None or target.visible.shape[1] < rows.shape[1]:
+            padding = [0] * len(rows)
+        else:
+            shown = target.visible[:, -rows.shape[1] :] if rows.shape[1] else target.visible[:, :0]
+            padding = (shown.long().cumsum(-1) == 0).sum(-1).tolist()
+        return [Context(row[pad:], self.namespace) for row, pad in zip(rows, padding, strict=True)], padding
+
+    def _output(
+        self,
+        input_ids: torch.Tensor,
+        config: GenerationConfig,
+        sampler: Sampler,
+        target: Model,
+        stats: Stats,
+    ) -> Any:
+        sequences = sampler.sequences(input_ids)
+        cache: Cache | None = None
+        if config.return_dict_in_generate or target.users_cache is not None:
+            cache = target.finish(_missing(sequences, sampler, target))
+        if not config.return_dict_in_generate:
+            return sequences
+        output = GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=sampler.scores, logits=sampler.logits, past_key_values=cache
+        )
+        output.stats = stats
+        return output
+
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def _mode(config: GenerationConfig) -> GenerationMode:
+    return config.get_generation_mode()
+
+
+def check(model: Any, config: GenerationConfig) -> None:
+    """Raise Unsupported for what plain ``generate`` must do itself."""
+    mode = _mode(config)
+    reasons = {
+        f"{mode.value} is not greedy search or sampling": mode not in MODES,
+        "encoder-decoder models are not supported": bool(model.config.is_encoder_decoder),
+        "the model is in training mode": bool(model.training),
+        "use_cache=False leaves nothing to keep drafts in": config.use_cache is False,
+        "attentions of tree passes are not returned": bool(config.return_dict_in_generate and config.output_attentions),
+        "hidden states of tree passes are not returned": bool(
+            config.return_dict_in_generate and config.output_hidden_states
+        ),
+        "token healing needs plain generate": bool(config.token_healing),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise Unsupported(reason)
+
+
+def make_drafter(drafter: Drafter | str) -> Drafter:
+    """The drafter itself, or the one a short name stands for.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for something that is no drafter.
+    """
+    from specdec import drafters
+
+    if not isinstance(drafter, str):
+        if not callable(getattr(drafter, "draft", None)):
+            raise TypeError(f"drafter: got {drafter!r}; give an object with draft(contexts, budgets), or a name")
+        return drafter
+    names: dict[str, Any] = {
+        "auto": lambda: drafters.MergedDrafter([drafters.NgramDrafter(), drafters.RecyclingDrafter()]),
+        "ngram": lambda: drafters.NgramDrafter(),
+        "recycling": lambda: drafters.RecyclingDrafter(),
+    }
+    if drafter not in names:
+        raise ValueError(f"drafter={drafter!r}: known names are {', '.join(names)}; or give a Drafter")
+    made: Drafter = names[drafter]()
+    return made
+
+
+def _checked_policy(policy: Policy | str) -> Policy | str:
+    if isinstance(policy, str) and policy != "auto":
+        raise ValueError(f"policy={policy!r}: the known name is 'auto'; or give a Policy")
+    if not isinstance(policy, str) and not (hasattr(policy, "budget") and hasattr(policy, "trim")):
+        raise TypeError(f"policy: got {policy!r}; give an object with budget(contexts) and trim(contexts, trees)")
+    return policy
+
+
+def _checked_verifier(verifier: PathwiseVerifier | str) -> PathwiseVerifier:
+    if isinstance(verifier, PathwiseVerifier):
+        return verifier
+    if verifier != "pathwise":
+        raise ValueError(f"verifier={verifier!r}: the known name is 'pathwise'; or give a PathwiseVerifier")
+    return PathwiseVerifier()
+
+
+def _prompt_rows(topk: int, vocab: int, rows: int) -> int:
+    """Prompt positions whose logits are worth computing for drafters that learn from candidates."""
+    return min(PROMPT_LOGITS_ROWS, max(1, PROMPT_LOGITS_BYTES // (4 * vocab * rows))) if topk else 1
+
+
+def _missing(sequences: torch.Tensor, sampler: Sampler, target: Model) -> list[list[int]]:
+    """Per row, what plain ``generate`` would have fed and we have not: the padding after an early end."""
+    due = sequences.shape[1] - 1
+    fed = [sampler.prompt + length - target.prompt_length for length in target.lengths]
+    return [row[start:due] for row, start in zip(sequences.tolist(), fed, strict=True)]

@@ -1,0 +1,155 @@
+"""What a wrapped model has done so far: counts, time split, faults, and the level it runs at."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from specdec import trees
+from specdec.core import Verdict
+
+SECONDS = ("prefill", "draft", "verify", "walk", "cache")
+FAULTS_KEPT = 100
+
+
+class SpecdecWarning(UserWarning):
+    """Something of ours could not be done as asked; the output is still right."""
+
+
+class Stats:
+    """Counts of one wrapped model over all its generations, until ``reset``.
+
+    Attributes:
+        steps: target passes that committed tokens, per sequence; the prompt's pass counts, as it commits one.
+        tokens: tokens committed.
+        drafted: guessed nodes verified.
+        accepted: guessed nodes that became tokens.
+        by_drafter: name -> {"drafted", "accepted"}.
+        seconds: wall time by part: prefill, draft, verify (the target's passes), walk (choice and stopping rules),
+            cache (moving kept KV rows). On a GPU, time not yet waited for shows where the host next waits.
+        level: "tree", "chain" or "plain": what the model's self-test allows; None before it.
+        reasons: why a lower level, or plain ``generate``, was used; each said once.
+        faults: what drafters did wrong, the last hundred; ``fault_count`` counts all.
+        lossless: whether everything used so far keeps the target's distribution.
+        sources: for the last generation, per row, the drafter that guessed each token; "" for the target alone.
+        generations: calls of ``generate`` that speculated; ``plain_generations``: those passed to plain ``generate``.
+
+    Args:
+        parent: counts everything too; how one generation's counts reach the model's.
+    """
+
+    def __init__(self, parent: Stats | None = None) -> None:
+        self.parent = parent
+        self.level: str | None = None
+        self.reasons: list[str] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every count to zero; the level and its reasons stay, being facts about the model."""
+        self.generations = self.plain_generations = 0
+        self.steps = self.tokens = self.drafted = self.accepted = 0
+        self.seconds = dict.fromkeys(SECONDS, 0.0)
+        self.by_drafter: dict[str, dict[str, int]] = {}
+        self.faults: list[str] = []
+        self.fault_count = 0
+        self.lossless = True
+        self.sources: list[list[str]] = []
+        self._depth_drafted: Counter[int] = Counter()
+        self._depth_accepted: Counter[int] = Counter()
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Committed tokens per target pass and sequence; plain decoding has 1."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """For each depth, from 1: of the steps that guessed that deep, the share that accepted that deep."""
+        deepest = max(self._depth_drafted, default=0)
+        return [self._depth_accepted[d] / self._depth_drafted[d] for d in range(1, deepest + 1)]
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[part]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(part, time.perf_counter() - start)
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Add to the time of one part."""
+        self.seconds[part] += seconds
+        if self.parent is not None:
+            self.parent.spend(part, seconds)
+
+    def observe(self, verdict: Verdict) -> None:
+        """Add one row's verdict to the counts."""
+        if self.parent is not None:
+            self.parent.observe(verdict)
+        if verdict.prompt:
+            self.steps, self.tokens = self.steps + 1, self.tokens + len(verdict.tokens)
+            return
+        accepted = len(verdict.path) - 1
+        depth = int(trees.depths(verdict.tree.parents).max())
+        self.steps += 1
+        self.tokens += len(verdict.tokens)
+        self.drafted += len(verdict.tree) - 1
+        self.accepted += accepted
+        for d in range(1, depth + 1):
+            self._depth_drafted[d] += 1
+        for d in range(1, accepted + 1):
+            self._depth_accepted[d] += 1
+        self._count_sources(verdict)
+
+    def _count_sources(self, verdict: Verdict) -> None:
+        source = verdict.tree.source
+        for name, n in Counter(source[1:]).items():
+            self.by_drafter.setdefault(name, {"drafted": 0, "accepted": 0})["drafted"] += n
+        for node in verdict.path[1:].tolist():
+            self.by_drafter[source[node]]["accepted"] += 1
+
+    def reason(self, text: str) -> None:
+        """Note why something is not done as asked; warn the first time it is said."""
+        if self.parent is not None:
+            self.parent.reason(text)
+            self.reasons = self.parent.reasons
+            return
+        if text not in self.reasons:
+            self.reasons.append(text)
+            warnings.warn(f"specdec: {text}", SpecdecWarning, stacklevel=3)
+
+    def fault(self, name: str, text: str) -> None:
+        """Note what a drafter did wrong; warn the first time this drafter does something wrong."""
+        known = any(fault.startswith(f"{name}: ") for fault in self.faults)
+        self.fault_count += 1
+        self.faults = [*self.faults[1 - FAULTS_KEPT :], f"{name}: {text}"]
+        if self.parent is not None:
+            self.parent.fault(name, text)
+        elif not known:
+            warnings.warn(f"specdec: drafter {name}: {text}; going on without this guess", SpecdecWarning, stacklevel=3)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but ``sources``, as plain Python values, ready for JSON."""
+        names = ("generations", "plain_generations", "steps", "tokens", "drafted", "accepted", "tokens_per_step")
+        names += (
+            "acceptance_by_depth",
+            "by_drafter",
+            "seconds",
+            "level",
+            "reasons",
+            "faults",
+            "fault_count",
+            "lossless",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats(level={self.level!r}, tokens={self.tokens}, steps={self.steps}, "
+            f"tokens_per_step={self.tokens_per_step:.2f}, accepted={self.accepted}/{self.drafted})"
+        )

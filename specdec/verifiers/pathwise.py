@@ -1,0 +1,150 @@
+"""Sample and match: walk from the root, choosing each token as ``generate`` would, while the tree has guessed it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from specdec import trees
+from specdec.core import Context, DraftTree, Verdict
+from specdec.kernels.topk import topk
+from specdec.model import Model
+from specdec.sampling import Group, Sampler
+from specdec.statistics import Stats
+
+
+class PathwiseVerifier:
+    """The default verifier: exact for any tree whose guesses do not look at the target's random draw.
+
+    One pass over all trees; then, row by row from the root: process that node's logits with the tokens committed so
+    far, choose, commit, ask the stopping rules, and descend if a child carries the chosen token. Every committed
+    token is the target's own choice, drawn in plain ``generate``'s order.
+
+    Exactness: section "sample and match" of speculative decoding with deterministic drafts (Yang et al. 2023,
+    arXiv 2304.04487; Zhao et al. 2024, arXiv 2312.12728).
+    """
+
+    lossless = True
+
+    def begin(
+        self, model: Model, sampler: Sampler, stats: Stats, topk: int = 0, hidden: bool = False
+    ) -> PathwiseVerifier:
+        """A verifier for one generation. ``topk`` and ``hidden`` are what its drafters want to learn from."""
+        bound = PathwiseVerifier()
+        bound.model, bound.sampler, bound.stats = model, sampler, stats
+        bound.topk, bound.hidden = topk, hidden
+        bound.sources = stats.sources = [[] for _ in sampler.generated]
+        return bound
+
+    model: Model
+    sampler: Sampler
+    stats: Stats
+    topk: int
+    hidden: bool
+    sources: list[list[str]]
+
+    def first(self, contexts: Sequence[Context], logits: Float[torch.Tensor, "rows last vocab"]) -> list[Verdict]:
+        """Choose each row's first token from the logits of its prompt's last position, and learn from the others."""
+        roots = [DraftTree.root(int(context.tokens[-1]) if len(context.tokens) else 0) for context in contexts]
+        with self.stats.clock("walk"):
+            candidates: list[np.ndarray | None] = [None] * len(roots)
+            for group in self.sampler.groups:
+                self._walk(group, roots, logits[:, -1:], candidates)
+            return [self._of_prompt(row, context, logits[row]) for row, context in enumerate(contexts)]
+
+    def _of_prompt(self, row: int, context: Context, logits: Float[torch.Tensor, "last vocab"]) -> Verdict:
+        last = min(len(logits), len(context.tokens))
+        tokens = context.tokens[len(context.tokens) - last :]
+        tree = DraftTree.chain(tokens[0], tokens[1:], [1.0] * (last - 1), "") if last else DraftTree.root(0)
+        candidates = topk(logits[-last:].float(), self.topk).cpu().numpy() if self.topk and last else None
+        first = np.array(self.sampler.generated[row][:1], np.int64)
+        return Verdict(tree, np.arange(len(tree)), first, candidates, prompt=True)
+
+    def verify(self, contexts: Sequence[Context], batch: Sequence[DraftTree]) -> list[Verdict]:
+        """One target pass over every tree; keeps the accepted paths' KV rows. Rows that have ended get no tokens."""
+        batch = self._with_padding(batch)
+        start = time.perf_counter()
+        with self.stats.clock("verify"):
+            result = self.model.forward(batch, self.hidden)
+        seconds = time.perf_counter() - start
+        with self.stats.clock("walk"):
+            candidates = self._candidates(contexts, batch, result.logits)
+            walk = self._walk_quick if self.sampler.quick else self._walk
+            steps = dict(
+                pair for group in self.sampler.groups for pair in walk(group, batch, result.logits, candidates)
+            )
+        with self.stats.clock("cache"):
+            self.model.keep([path for path, _ in (steps[row] for row in range(len(batch)))])
+        return [
+            Verdict(
+                tree,
+                np.array(steps[row][0], np.int64),
+                np.array(steps[row][1], np.int64),
+                candidates[row],
+                result.hidden[row, : len(tree)] if result.hidden is not None else None,
+                seconds,
+            )
+            for row, tree in enumerate(batch)
+        ]
+
+    def _with_padding(self, batch: Sequence[DraftTree]) -> list[DraftTree]:
+        """In lockstep, rows that have ended go on as padding; guess that, so that they hold nobody up."""
+        batch = list(batch)
+        for group in self.sampler.groups:
+            if len(group.rows) > 1 and not self.model.form.level == "plain":
+                deepest = max(int(trees.depths(batch[row].parents).max()) for row in group.rows)
+                for row in group.rows:
+                    if self.sampler.finished[row] and self.sampler.ends:
+                        pad = int(self.sampler.pad)
+                        batch[row] = DraftTree.chain(pad, [pad] * deepest, [1.0] * deepest, "padding")
+        return batch
+
+    def _candidates(
+        self, contexts: Sequence[Context], batch: Sequence[DraftTree], logits: Float[torch.Tensor, "rows nodes vocab"]
+    ) -> list[Int[np.ndarray, "nodes k"] | None]:
+        if not self.topk:
+            return [None] * len(batch)
+        return [
+            None if context.finished else topk(logits[row, : len(tree)].float(), self.topk).cpu().numpy()
+            for row, (context, tree) in enumerate(zip(contexts, batch, strict=True))
+        ]
+
+    def _walk_quick(
+        self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
+    ) -> list[tuple[int, tuple[list[int], list[int]]]]:
+        """Greedy and nothing between argmax and token: compare the whole tree at once, on the host."""
+        (row,) = group.rows
+        if self.sampler.finished[row]:
+            return [(row, ([], []))]
+        tree, best = batch[row], candidates[row]
+        choices = best[:, 0] if best is not None else logits[row, : len(tree)].float().argmax(-1).cpu().numpy()
+        path = trees.greedy_path(tree.tokens, tree.parents, choices).tolist()
+        tokens: list[int] = []
+        for i, node in enumerate(path):
+            tokens.append(int(choices[node]))
+            self.sources[row].append(tree.source[path[i + 1]] if i + 1 < len(path) else "")
+            if self.sampler.commit_quick(group, tokens[-1]):
+                break
+        return [(row, (path[: len(tokens)], tokens))]
+
+    def _walk(
+        self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
+    ) -> list[tuple[int, tuple[list[int], list[int]]]]:
+        """Node by node; the rows of a group go down together, as far as all of them have guessed right."""
+        paths: dict[int, list[int]] = {row: [] for row in group.rows}
+        tokens: dict[int, list[int]] = {row: [] for row in group.rows}
+        nodes = dict.fromkeys(group.rows, 0)
+        while not group.done and min(nodes.values()) >= 0:
+            for row in group.rows:
+                paths[row].append(nodes[row])
+            chosen = self.sampler.choose(group, torch.stack([logits[row, nodes[row]] for row in group.rows]))
+            for row, token in zip(group.rows, chosen.tolist(), strict=True):
+                tokens[row].append(token)
+                nodes[row] = trees.child(batch[row].tokens, batch[row].parents, nodes[row], token)
+                self.sources[row].append(batch[row].source[nodes[row]] if nodes[row] >= 0 else "")
+            self.sampler.commit(group, chosen)
+        return [(row, (paths[row], tokens[row])) for row in group.rows]
