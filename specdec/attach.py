@@ -200,7 +200,7 @@ def _compare(ours: torch.Tensor, theirs: torch.Tensor, module: Any) -> None:
 
 
 def _timing(model: Model) -> dict[int, float]:
-    """The quicker of two passes of each size, the larger sizes only while there is time; the cache is left as it was."""
+    """The quicker of two passes of each size, the larger sizes only while there is time."""
     seconds: dict[int, float] = {}
     start = time.perf_counter()
     for size in SIZES:

@@ -160,7 +160,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         return list(self.slots[0].lengths)
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """After a pass: of the nodes written behind the rows' lengths ``base``, keep each row's path, forget the rest."""
+        """Of the nodes a pass wrote behind the rows' lengths ``base``, keep each row's path and forget the rest."""
         moves = {row: nodes for row, path in enumerate(paths) if len(nodes := _displaced(path))}
         for layer in self.slots:
             if layer.is_initialized:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 output, notes = Console(), Console(stderr=True)
+WIDTH = 120  # of tables: wide enough for all columns, in a file too
 
 ModelOption = Annotated[str, typer.Option(help="A directory or hub id; 'demo' is SmolLM2-135M-Instruct.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -155,7 +156,9 @@ def _load(model: str, dtype: str = "float32") -> tuple[Any, Any]:
     """The model, on a GPU if there is one, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     where = _resolve(model)
     with _told(OSError, ValueError), notes.status(f"loading {model}"):
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -225,7 +228,7 @@ def _show(comparison: Comparison) -> None:
         step, rate, speed, low, high = ("-" if r[key] is None else f"{r[key]:.2f}" for key in keys)
         equal = "yes" if r["equal"] else "NO"
         table.add_row(r["workload"], r["method"], str(r["tokens"]), equal, step, rate, speed, f"{low} - {high}")
-    output.print(table)
+    output.print(table, width=WIDTH, crop=False)
     for difference in comparison.differences:
         output.print(f"differs: {difference}", style="red", highlight=False, soft_wrap=True)
 

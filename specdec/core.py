@@ -10,7 +10,7 @@ A decoding step reads them in this order::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -54,12 +54,11 @@ class DraftTree:
         return cls(np.array([token]), np.array([-1]), np.ones(1, np.float32), ("",))
 
     @classmethod
-    def chain(cls, token: int, guesses: Sequence[int], probability: Sequence[float], source: str) -> DraftTree:
+    def chain(cls, token: int, guesses: Iterable[int], probability: Iterable[float], source: str) -> DraftTree:
         """One path: the last committed ``token``, then ``guesses`` with their path probabilities."""
-        n = len(guesses) + 1
-        tokens = np.fromiter((token, *guesses), np.int64, n)
-        paths = np.fromiter((1.0, *probability), np.float32, n)
-        return cls(tokens, np.arange(-1, n - 1), paths, (source,) * n)
+        tokens = np.array([token, *guesses], np.int64)
+        paths = np.array([1.0, *probability], np.float32)
+        return cls(tokens, np.arange(-1, len(tokens) - 1), paths, (source,) * len(tokens))
 
     def take(self, kept: Int[np.ndarray, " kept"]) -> DraftTree:
         """The tree of the ``kept`` nodes only: ascending, the root first, every node's parent among them."""

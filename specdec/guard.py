@@ -28,7 +28,8 @@ class GuardedDrafter:
         """One sound tree per context, within its budget."""
         roots = [DraftTree.root(int(context.tokens[-1])) for context in contexts]
         try:
-            drafted = self.drafter.draft(contexts, budgets)
+            with self.stats.clock("draft"):
+                drafted = self.drafter.draft(contexts, budgets)
         except Exception as error:  # a third party's code may raise anything; it is counted and said
             self.stats.fault(self.name, f"raised {type(error).__name__}: {error}")
             return roots

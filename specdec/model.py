@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from specdec.cache import SlotCache
+from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_mask
 
@@ -102,7 +102,8 @@ class Model:
             raise Unsupported(f"{type(self.module).__name__} keeps no transformers Cache (got {type(cache).__name__})")
         self.cache = cache
         self._learn_inputs(input_ids, model_kwargs)
-        return outputs.logits
+        after: torch.Tensor = outputs.logits
+        return after
 
     def _take_cache(self, model_kwargs: dict[str, Any]) -> None:
         self.cache_name = next((name for name in CACHES if model_kwargs.get(name) is not None), CACHES[0])
@@ -162,41 +163,38 @@ class Model:
         if (mask := self._mask(layout)) is not None:
             inputs["attention_mask"] = mask
         if self.shift is not None:
-            inputs["position_ids"] = self._positions(layout)
+            inputs["position_ids"] = self._positions(layout, self.shift)
         if self.takes_all_logits:
             inputs["logits_to_keep"] = 0
         if hidden:
             inputs["output_hidden_states"] = True
         return self.module(**inputs, return_dict=True)
 
-    def _positions(self, layout: Layout) -> Int[torch.Tensor, "... rows nodes"]:
+    def _positions(self, layout: Layout, shift: torch.Tensor) -> Int[torch.Tensor, "... rows nodes"]:
         depth = layout.depth
         if self.form.level != "tree":
             depth = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
-        return self.shift + torch.tensor(self.lengths, device=depth.device)[:, None] + depth
+        return shift + torch.tensor(self.lengths, device=depth.device)[:, None] + depth
 
     def _mask(self, layout: Layout) -> Any:
         rows, nodes = layout.tokens.shape
-        if self.visible is None and (nodes == 1 and len(set(self.lengths)) == 1 or self.form.level != "tree"):
+        causal = self.form.level != "tree" or (nodes == 1 and len(set(self.lengths)) == 1)
+        if causal and self.visible is None:
             return None  # as plain generate: the model's own causal mask
-        if self.form.level != "tree":
+        if causal and self.visible is not None:
             new = self.visible.new_ones(rows, self.lengths[0] + nodes - self.visible.shape[1])
             return torch.cat([self.visible, new], dim=-1)
-        masks = {name: self._mask_for(layout, name, reach) for name, reach in self._reaches().items()}
+        known = reaches(self.config)
+        assert known is not None, "a module at tree level has only layer types that are known"
+        masks = {name: self._mask_for(layout, name, reach) for name, reach in known.items()}
         return masks if self.form.per_type else next(iter(masks.values()))
 
-    def _reaches(self) -> dict[str, Reach]:
-        known = reaches(self.config)
-        assert known is not None, "a module at tree level has only known layer types"
-        return known
-
     def _mask_for(self, layout: Layout, name: str, reach: Reach) -> torch.Tensor:
+        assert isinstance(self.cache, SlotCache), "only its rows can hold trees"
         types = getattr(self.config, "layer_types", None) or [name]
-        assert isinstance(self.cache, SlotCache)
-        layer = (
-            self.cache.layers[types.index(name)] if types.index(name) < len(self.cache.layers) else self.cache.slots[0]
-        )
-        columns, offset = layer.get_mask_sizes(layout.tokens.shape[1])
+        layers = [layer for layer, kind in zip(self.cache.layers, types, strict=False) if kind == name]
+        slots = next((layer for layer in layers if isinstance(layer, SlotLayer)), self.cache.slots[0])
+        columns, offset = slots.get_mask_sizes(layout.tokens.shape[1])
         mask = tree_mask(layout, self.lengths, reach, columns, offset, self.visible)
         return additive(mask, self.module.dtype) if self.form.additive else mask
 

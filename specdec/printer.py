@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.style import Style
 from rich.text import Text
 
 from specdec.statistics import Stats
@@ -40,7 +41,7 @@ class Printer:
 
     def end(self) -> None:
         """Print what was held back, and end the line."""
-        self.console.out(self._text()[self._printed :], highlight=False)
+        self._write(self._text()[self._printed :] + "\n")
 
     def style(self, source: str) -> str:
         """The drafter's colour, given in the order in which drafters first appear; none for the target."""
@@ -61,10 +62,16 @@ class Printer:
         self._line.append(token)
         text = self._text()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.console.out(text[self._printed :], style=self.style(source), end="", highlight=False)
+            self._write(text[self._printed :], self.style(source))
             self._printed = len(text)
         if text.endswith("\n"):
             self._line, self._printed = [], 0
+
+    def _write(self, text: str, style: str = "") -> None:
+        """Past the console's own printing, which expands tabs and drops form feeds."""
+        coloured = self.console.color_system is not None and not self.console.no_color
+        self.console.file.write(Style.parse(style).render(text) if coloured else text)
+        self.console.file.flush()
 
     def _source(self) -> str:
         return self.stats.sources[0][self.shares.total()] if self.stats and self.stats.sources else ""

@@ -194,6 +194,7 @@ class Sampler:
             self.logits += (logits,)
         tokens = self._draw(group, scores) if self.sample else scores.argmax(-1)
         if self.ends:
+            assert self.pad is not None, "generate sets a padding token wherever there is an end-of-sequence rule"
             tokens = tokens * group.unfinished + self.pad * (1 - group.unfinished)
         return tokens
 
@@ -219,7 +220,7 @@ class Sampler:
             self.noise.forget(min(going, default=0))
 
     def commit_quick(self, group: Group, token: int) -> bool:
-        """``commit`` for a ``quick`` sampler and a group of one row, without leaving the host; whether the row ended."""
+        """``commit`` for a ``quick`` sampler and a group of one row, all on the host; returns whether the row ended."""
         (row,) = group.rows
         self.generated[row].append(token)
         over = any(self._over(rule, row, token) for rule in self.criteria)
@@ -232,9 +233,9 @@ class Sampler:
 
     def _over(self, rule: Any, row: int, token: int) -> bool:
         if type(rule) is stopping.MaxLengthCriteria:
-            return self.prompt + len(self.generated[row]) >= rule.max_length
+            return bool(self.prompt + len(self.generated[row]) >= rule.max_length)
         if type(rule) is stopping.MaxTimeCriteria:
-            return time.time() - rule.initial_timestamp > rule.max_time
+            return bool(time.time() - rule.initial_timestamp > rule.max_time)
         return token in rule.eos_token_id.tolist()
 
     def sequences(self, input_ids: Int[torch.Tensor, "rows prompt"]) -> Int[torch.Tensor, "rows length"]:

@@ -14,6 +14,23 @@ from specdec.core import Verdict
 
 SECONDS = ("prefill", "draft", "verify", "walk", "cache")
 FAULTS_KEPT = 100
+REPORTED = (
+    "generations",
+    "plain_generations",
+    "steps",
+    "tokens",
+    "tokens_per_step",
+    "drafted",
+    "accepted",
+    "acceptance_by_depth",
+    "by_drafter",
+    "seconds",
+    "level",
+    "reasons",
+    "faults",
+    "fault_count",
+    "lossless",
+)
 
 
 class SpecdecWarning(UserWarning):
@@ -135,18 +152,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but ``sources``, as plain Python values, ready for JSON."""
-        names = ("generations", "plain_generations", "steps", "tokens", "drafted", "accepted", "tokens_per_step")
-        names += (
-            "acceptance_by_depth",
-            "by_drafter",
-            "seconds",
-            "level",
-            "reasons",
-            "faults",
-            "fault_count",
-            "lossless",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in REPORTED}
 
     def __repr__(self) -> str:
         return (

@@ -95,12 +95,12 @@ class PathwiseVerifier:
         """In lockstep, rows that have ended go on as padding; guess that, so that they hold nobody up."""
         batch = list(batch)
         for group in self.sampler.groups:
-            if len(group.rows) > 1 and not self.model.form.level == "plain":
+            if len(group.rows) > 1 and self.sampler.pad is not None and self.sampler.ends:
                 deepest = max(int(trees.depths(batch[row].parents).max()) for row in group.rows)
+                padding = [int(self.sampler.pad)] * deepest
                 for row in group.rows:
-                    if self.sampler.finished[row] and self.sampler.ends:
-                        pad = int(self.sampler.pad)
-                        batch[row] = DraftTree.chain(pad, [pad] * deepest, [1.0] * deepest, "padding")
+                    if self.sampler.finished[row]:
+                        batch[row] = DraftTree.chain(int(batch[row].tokens[0]), padding, [1.0] * deepest, "padding")
         return batch
 
     def _candidates(
