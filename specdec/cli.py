@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 output, notes = Console(), Console(stderr=True)
-WIDTH = 120  # of tables: wide enough for all columns, in a file too
+WIDTH = 100  # of tables, at least: in a file too, no column may be cut
 
 ModelOption = Annotated[str, typer.Option(help="A directory or hub id; 'demo' is SmolLM2-135M-Instruct.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -228,7 +228,7 @@ def _show(comparison: Comparison) -> None:
         step, rate, speed, low, high = ("-" if r[key] is None else f"{r[key]:.2f}" for key in keys)
         equal = "yes" if r["equal"] else "NO"
         table.add_row(r["workload"], r["method"], str(r["tokens"]), equal, step, rate, speed, f"{low} - {high}")
-    output.print(table, width=WIDTH, crop=False)
+    Console(width=max(output.width, WIDTH)).print(table)
     for difference in comparison.differences:
         output.print(f"differs: {difference}", style="red", highlight=False, soft_wrap=True)
 

@@ -28,6 +28,7 @@ OTHERS = (
     "use_mtp",
     "speculation_type",
     "synced_gpus",
+    "token_healing",
 )
 
 
@@ -42,7 +43,11 @@ class Generate:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         """A deep copy of the model is wrapped for itself."""
-        return Generate(copy.deepcopy(self.model, memo), copy.deepcopy(self.speculate, memo), self.shadowed)
+        parts = (self.model, self.speculate, self.shadowed)
+        return Generate(*(copy.deepcopy(part, memo) for part in parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Generate, (self.model, self.speculate, self.shadowed)
 
     @property
     def plain(self) -> Any:
@@ -51,26 +56,30 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``generate``, with every argument it takes."""
-        kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-        other = next((name for name in OTHERS if _asks(self.model, kwargs, name)), None)
+        named = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        other = next((name for name in OTHERS if _asks(self.model, named, name)), None)
         try:
             if other is not None:
                 raise Unsupported(f"{other}= asks for another way of decoding")
-            return self._speculative(**kwargs)
+            return self._speculative(**named)
         except Unsupported as why:
             if self.speculate.on_unsupported == "error":
                 raise ValueError(f"specdec cannot run this: {why}") from why
             self.speculate.stats.plain_generations += 1
             self.speculate.stats.reason(f"plain generate: {why}")
-        return self.plain(**kwargs)
+        return self.plain(*args, **kwargs)
 
     def _speculative(self, streamer: Any = None, **kwargs: Any) -> Any:
         """Let ``generate`` prepare everything and decode in its place.
 
         The streamer, the tokenizer and what needs it never reach a decoding loop of ours, so they are bound here.
         """
+        if not _transformers_own(self.plain):
+            raise Unsupported(f"{type(self.model).__name__} has a generate of its own")
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise Unsupported("encoder-decoder models are not supported")
+        if self.speculate.stats.level == "plain":
+            raise Unsupported(self.speculate.why_plain)
         kwargs = _with_stop_strings(self.model, kwargs)
 
         def loop(
@@ -97,6 +106,12 @@ class Generate:
         return result
 
 
+def _transformers_own(generate: Any) -> bool:
+    """Whether it is transformers' ``generate``, or PEFT's around it, which hand a prepared loop on."""
+    function = getattr(generate, "__func__", None)
+    return function is GenerationMixin.generate or hasattr(getattr(generate, "__self__", None), "peft_config")
+
+
 def _asks(model: Any, kwargs: dict[str, Any], name: str) -> bool:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     return bool(kwargs.get(name, getattr(config, name, None)))
@@ -104,16 +119,14 @@ def _asks(model: Any, kwargs: dict[str, Any], name: str) -> bool:
 
 def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turn ``stop_strings`` into the stopping rule that ``generate`` would make of them."""
-    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
-    strings = kwargs.get("stop_strings") or getattr(config or model.generation_config, "stop_strings", None)
+    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config") or model.generation_config
+    strings = kwargs.get("stop_strings") or config.stop_strings or model.generation_config.stop_strings
     if not strings or tokenizer is None:
         return kwargs
     rules = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     rules.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
-    kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
-    config = copy.deepcopy(config or model.generation_config)
-    config.stop_strings = None
-    return {**kwargs, "stopping_criteria": rules, "generation_config": config}
+    # An explicit None keeps generate from finding strings in a configuration and asking for the tokenizer.
+    return {**kwargs, "stopping_criteria": rules, "stop_strings": None}
 
 
 def wrap(
@@ -139,10 +152,10 @@ def wrap(
         TypeError: for something that has no ``generate`` of transformers' kind.
     """
     inner = _inner(model)
-    if not callable(getattr(type(inner), "generate", None)):
+    if not (isinstance(inner, GenerationMixin) or hasattr(inner, "peft_config")):
         raise TypeError(f"wrap: got {type(model).__name__}; give a transformers model with a generate method")
-    unwrap(model)
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
+    unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))
     return model
 

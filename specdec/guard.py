@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from specdec import trees
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.statistics import Stats
+
+ANY_SIZE = 1 << 30  # a tree that is too large is cut, not refused
 
 
 class GuardedDrafter:
@@ -22,7 +26,8 @@ class GuardedDrafter:
     def __init__(self, drafter: Drafter, stats: Stats, vocab: int, chains: bool = False) -> None:
         self.drafter, self.stats, self.vocab, self.chains = drafter, stats, vocab, chains
         self.name = getattr(drafter, "name", type(drafter).__name__)
-        self.topk, self.hidden = int(getattr(drafter, "topk", 0)), bool(getattr(drafter, "hidden", False))
+        self.topk = max(0, min(int(getattr(drafter, "topk", 0)), vocab))
+        self.hidden = bool(getattr(drafter, "hidden", False))
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One sound tree per context, within its budget."""
@@ -42,10 +47,10 @@ class GuardedDrafter:
         if not isinstance(tree, DraftTree):
             self.stats.fault(self.name, f"returned a {type(tree).__name__} where a DraftTree was due")
             return root
-        last, size = int(root.tokens[0]), len(tree.source)
+        last, size = int(root.tokens[0]), ANY_SIZE
         fault = trees.fault(tree.tokens, tree.parents, tree.probability, last, self.vocab, size, size, size)
-        if fault or size != len(tree):
-            self.stats.fault(self.name, fault or f"names {size} sources for {len(tree)} nodes")
+        if fault := fault or _unlabelled(tree):
+            self.stats.fault(self.name, fault)
             return root
         return self._within(tree, budget)
 
@@ -57,3 +62,15 @@ class GuardedDrafter:
         if not self.chains:
             self.stats.fault(self.name, f"drafted {len(tree) - 1} nodes beyond its budget of {budget}")
         return tree.take(kept)
+
+
+def _unlabelled(tree: DraftTree) -> str | None:
+    """What is wrong with what a tree says of itself."""
+    n = len(tree)
+    if not isinstance(tree.source, tuple) or len(tree.source) != n or not all(isinstance(s, str) for s in tree.source):
+        return f"gives {tree.source!r:.60} as source; a tuple of {n} names was due"
+    if tree.law not in (None, "iid", "swor"):
+        return f"gives {tree.law!r} as law; None, 'iid' or 'swor' was due"
+    if tree.q is not None and (not isinstance(tree.q, torch.Tensor) or tree.q.shape[:1] != (n,)):
+        return f"gives a {type(tree.q).__name__} as q; a tensor of {n} rows was due"
+    return None

@@ -11,7 +11,7 @@ UNLIMITED = 1 << 30
 
 
 def room(
-    config: Any, max_length: int | None, padding: Sequence[int], contexts: Sequence[Context]
+    config: Any, max_length: int | None, contexts: Sequence[Context], padding: Sequence[int], earlier: int
 ) -> Callable[[Context], int]:
     """A function from a context to the tokens that may be guessed on one of its paths.
 
@@ -19,34 +19,37 @@ def room(
         config: the target's text configuration.
         max_length: total length, padding included, at which ``generate`` stops; None for no such rule.
         padding: left padding of each context.
+        earlier: tokens that a cache handed in held before these contexts begin.
     """
     pad = {id(context): n for context, n in zip(contexts, padding, strict=True)}
 
     def left(context: Context) -> int:
         length = len(context.tokens)
         to_the_end = UNLIMITED if max_length is None else max_length - length - pad[id(context)] - 1
-        return min(to_the_end, positions_left(config, length))
+        return min(to_the_end, positions_left(config, length + earlier))
 
     return left
 
 
 def positions_left(config: Any, length: int) -> int:
-    """Guesses that still fall on the same side of every change in how positions are encoded.
+    """Guesses that still fall within the positions a model knows; learnt ones end there. No limit where plain went past."""
+    known = getattr(config, "max_position_embeddings", None)
+    return known - length if isinstance(known, int) and length <= known else UNLIMITED
 
-    Learnt positions end at ``max_position_embeddings``. Rotary embeddings of type "dynamic" and "longrope" change
-    their frequencies for a whole pass when its last position passes the trained length, "dynamic" ones at every
-    token from there on.
+
+def rotary_change(config: Any, length: int, max_length: int | None) -> int | None:
+    """The text length, within this generation, at which the model rotates all positions anew; None if there is none.
+
+    Rotary embeddings of type "longrope" change their frequencies once, "dynamic" ones with every token, from where
+    the text passes the trained length; some models run the whole text again there. Only token by token is that exact.
     """
-    trained = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if kinds & {"dynamic", "longrope"}:
-        trained = _original(config, rope) or trained
-    if not isinstance(trained, int):
-        return UNLIMITED
-    if length <= trained:
-        return trained - length
-    return 0 if "dynamic" in kinds else UNLIMITED
+    if not kinds & {"dynamic", "longrope"}:
+        return None
+    trained: int = _original(config, rope) or getattr(config, "max_position_embeddings", UNLIMITED)
+    past = max_length is None or max_length > trained
+    return trained if past and (length <= trained or "dynamic" in kinds) else None
 
 
 def _original(config: Any, rope: dict[str, Any]) -> int | None:

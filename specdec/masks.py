@@ -88,8 +88,8 @@ def tree_mask(
     index = slot.expand(rows, -1).clone()
     mask = (slot < length).expand(rows, nodes, -1).clone()
     if visible is not None:
-        end = min(visible.shape[1], offset + columns)
-        mask[:, :, : end - offset] &= visible[:, None, offset:end]
+        prompt = visible[:, None, offset : offset + columns]  # none of it, once a window has passed it
+        mask[:, :, : prompt.shape[2]] &= prompt
     for row, committed in enumerate(lengths):
         at = slice(committed - offset, committed - offset + nodes)
         mask[row, :, at] = layout.ancestors[row]

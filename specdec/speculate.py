@@ -18,7 +18,7 @@ from specdec.attach import Attachment, attach
 from specdec.core import Context, Drafter, Policy, Unsupported
 from specdec.decoder import Decoder
 from specdec.guard import GuardedDrafter
-from specdec.limits import room
+from specdec.limits import room, rotary_change
 from specdec.model import Model
 from specdec.policies import ThroughputPolicy
 from specdec.sampling import Sampler
@@ -52,6 +52,7 @@ class Speculate:
         on_unsupported: Literal["fallback", "error"] = "fallback",
         namespace: str = "",
     ) -> None:
+        self._arguments = (drafter, policy, verifier, on_unsupported, namespace)
         self.drafter = make_drafter(drafter)
         self.policy = _checked_policy(policy)
         self.verifier = _checked_verifier(verifier)
@@ -60,11 +61,16 @@ class Speculate:
         self.on_unsupported = on_unsupported
         self.namespace = namespace
         self.stats = Stats()
-        self._attachments: weakref.WeakKeyDictionary[nn.Module, tuple[Attachment, Policy]] = weakref.WeakKeyDictionary()
+        self.why_plain = ""
+        self._attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a copied or pickled model: the parts it was made with, nothing counted yet."""
+        return Speculate, self._arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculate:
-        """For a copied model: the same parts, nothing counted yet."""
-        return Speculate(self.drafter, self.policy, self.verifier, self.on_unsupported, self.namespace)
+        """As ``__reduce__``; parts that were given as objects are shared."""
+        return Speculate(*self._arguments)
 
     def __call__(
         self,
@@ -104,9 +110,10 @@ class Speculate:
     ) -> Any:
         """One generation. Raises Unsupported before anything of the caller's has been touched."""
         check(model, generation_config)
-        attachment, policy = self._attached(model)
+        attachment, policy = self._attach(model)
         if attachment.form.level == "plain":
-            raise Unsupported(f"{type(model).__name__} takes no drafts ({attachment.form.reason})")
+            self.why_plain = f"{type(model).__name__} takes no drafts ({attachment.form.reason})"
+            raise Unsupported(self.why_plain)
         stats = Stats(self.stats)
         stats.level = attachment.form.level
         sampler = Sampler(
@@ -120,6 +127,9 @@ class Speculate:
         target = Model(model, attachment.form)
         drafter = GuardedDrafter(self.drafter, stats, target.config.vocab_size, attachment.form.level == "chain")
         rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
+        changes = rotary_change(target.config, _length(input_ids, model_kwargs), sampler.max_length)
+        if changes is not None:
+            raise Unsupported(f"the text may pass {changes} tokens, where this model's rotary embedding changes")
         with stats.clock("prefill"):
             logits = target.start(input_ids, generation_config, model_kwargs, rows)
         self.stats.generations += 1
@@ -133,22 +143,25 @@ class Speculate:
             context.extend(verdict)
             stats.observe(verdict)
         del logits
-        limit = room(target.config, sampler.max_length, padding, contexts)
+        earlier = target.prompt_length - input_ids.shape[1]
+        limit = room(target.config, sampler.max_length, contexts, padding, earlier)
         for context, over in zip(contexts, sampler.finished, strict=True):
             context.finished = over
         Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
         return self._output(input_ids, generation_config, sampler, target, stats)
 
-    def _attached(self, model: Any) -> tuple[Attachment, Policy]:
-        """The model's self-test, done once; and the policy that goes with its pass times."""
-        if model not in self._attachments:
+    def _attach(self, model: Any) -> tuple[Attachment, Policy]:
+        """The model's self-test, done once per attention implementation, and the policy for its pass times."""
+        attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
+        known = self._attached.get(model)
+        if known is None or known[0] != attention:
             found = attach(model)
             policy = ThroughputPolicy(found.seconds) if isinstance(self.policy, str) else self.policy
-            self._attachments[model] = found, policy
+            known = self._attached[model] = attention, found, policy
             self.stats.level = found.form.level
             if found.form.level == "chain":
                 self.stats.reason(f"{type(model).__name__} takes drafts as chains only: {found.form.reason}")
-        return self._attachments[model]
+        return known[1:]
 
     def _contexts(self, input_ids: torch.Tensor, target: Model) -> tuple[list[Context], list[int]]:
         """One context per row, without its left padding, and how much padding that was."""
@@ -181,6 +194,7 @@ class Speculate:
         return output
 
 
+_Attached = tuple[str | None, Attachment, Policy]
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -245,6 +259,12 @@ def _checked_verifier(verifier: PathwiseVerifier | str) -> PathwiseVerifier:
     if verifier != "pathwise":
         raise ValueError(f"verifier={verifier!r}: the known name is 'pathwise'; or give a PathwiseVerifier")
     return PathwiseVerifier()
+
+
+def _length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt, also where it came as embeddings."""
+    embeds = model_kwargs.get("inputs_embeds")
+    return max(input_ids.shape[1], 0 if embeds is None else embeds.shape[1])
 
 
 def _prompt_rows(topk: int, vocab: int, rows: int) -> int:

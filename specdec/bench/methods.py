@@ -1,0 +1,61 @@
+"""The ways to generate that are compared, by name."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import specdec
+from specdec.policies import FixedPolicy
+
+NAMES = ("plain", "ngram", "recycling", "auto", "fixed:NODES", "prompt-lookup")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to generate.
+
+    Attributes:
+        name: what the results call it.
+        model: a view of the model, sharing its weights, so that methods may take turns without being attached anew.
+        arguments: what its ``generate`` is told besides.
+        wrapped: whether the model is a wrapped one, with ``stats``.
+    """
+
+    name: str
+    model: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+    wrapped: bool = False
+
+
+def prepare(model: Any, name: str) -> Method:
+    """The method of that name, its drafters' memory empty.
+
+    "plain" is transformers' own ``generate``; "prompt-lookup" its prompt-lookup decoding with 10 tokens; "ngram",
+    "recycling" and "auto" are drafters under the automatic policy; "fixed:64" is the automatic drafter under a policy
+    of 64 nodes at each step. Raises ValueError for another name.
+    """
+    view = copy.copy(model)
+    if name == "plain":
+        return Method(name, view)
+    if name == "prompt-lookup":
+        return Method(name, view, {"prompt_lookup_num_tokens": 10})
+    drafter, policy = _parts(name)
+    return Method(name, specdec.wrap(view, drafter=drafter, policy=policy), wrapped=True)
+
+
+def known(name: str) -> str:
+    """The name itself. Raises ValueError when no method has it."""
+    if name not in ("plain", "prompt-lookup"):
+        _parts(name)
+    return name
+
+
+def _parts(name: str) -> tuple[str, Any]:
+    if name in ("ngram", "recycling", "auto"):
+        return name, "auto"
+    kind, _, nodes = name.partition(":")
+    if kind == "fixed" and nodes.isdecimal():
+        return "auto", FixedPolicy(int(nodes), 8, 8)
+    raise ValueError(f"no method named {name!r}; there are {', '.join(NAMES)}")

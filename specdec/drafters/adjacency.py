@@ -1,0 +1,118 @@
+"""What may follow each token: the matrix of Token Recycling."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from jaxtyping import Int32
+from numba import njit
+
+from specdec.core import Verdict
+from specdec.drafters.calibration import count
+
+EMPTY = -1
+_FEWEST_ROWS = 1024
+
+
+class Adjacency:
+    """For each token, the candidates that the target ranked highest after it when it was last fed.
+
+    Attributes:
+        matrix: candidates by token and rank, -1 where nothing is known; grows with the token ids seen.
+        lock: held while rows are written or copied, a few microseconds; also to be held while a tree is read off, or
+            rows that change on the way may put one token twice beside itself.
+    """
+
+    def __init__(self, matrix: Int32[np.ndarray, "vocab k"]):
+        self.matrix = matrix
+        self.lock = threading.Lock()
+
+    @classmethod
+    def empty(cls, rows: int, k: int) -> Adjacency:
+        """Nothing known, of any of the first ``rows`` tokens or another."""
+        return cls(np.full((rows, k), EMPTY, np.int32))
+
+    def learn(self, verdict: Verdict) -> None:
+        """Take the candidates at every node, accepted or not, as their tokens' rows.
+
+        Of nodes with one token the last on the accepted path wins, else the one of least depth, else of least index.
+        All of the prompt's own pass counts as accepted. Nothing happens without candidates.
+
+        Raises:
+            ValueError: the candidates are not one row per node.
+        """
+        if verdict.candidates is None:
+            return
+        tokens, parents = verdict.tree.tokens, verdict.tree.parents
+        candidates = np.ascontiguousarray(verdict.candidates, np.int64)
+        if candidates.ndim != 2 or len(candidates) != len(tokens):
+            raise ValueError(f"need one row of candidates per node, got {candidates.shape} for {len(tokens)} nodes")
+        path = np.arange(len(tokens)) if verdict.prompt else verdict.path
+        with self.lock:
+            self._reserve(int(max(tokens.max(), candidates.max(initial=EMPTY))))
+            _write_rows(self.matrix, tokens, parents, path, candidates)
+
+    def copy(self) -> Int32[np.ndarray, "vocab k"]:
+        """The matrix as it is now, apart from what is learnt later."""
+        with self.lock:
+            return self.matrix.copy()
+
+    def _reserve(self, token: int) -> None:
+        rows, k = self.matrix.shape
+        if token >= rows:
+            grown = np.full((max(token + 1, rows + rows // 4, _FEWEST_ROWS), k), EMPTY, np.int32)
+            grown[:rows] = self.matrix
+            self.matrix = grown
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _write_rows(
+    matrix: np.ndarray, tokens: np.ndarray, parents: np.ndarray, path: np.ndarray, candidates: np.ndarray
+) -> None:
+    level, deepest = np.zeros(len(tokens), np.int64), 0
+    for node in range(1, len(tokens)):
+        level[node] = level[parents[node]] + 1
+    for node in path:
+        level[node] = EMPTY  # written last
+    for node in range(len(tokens)):
+        deepest = max(deepest, level[node])
+    for depth in range(deepest, -1, -1):
+        for node in range(len(tokens) - 1, -1, -1):
+            if level[node] == depth:
+                _write_row(matrix, tokens[node], candidates[node])
+    for node in path:
+        _write_row(matrix, tokens[node], candidates[node])
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _write_row(matrix: np.ndarray, token: int, candidates: np.ndarray) -> None:
+    if token < 0 or len(candidates) == 0 or candidates[0] < 0:
+        return
+    for rank in range(matrix.shape[1]):
+        matrix[token, rank] = candidates[rank] if rank < len(candidates) else EMPTY
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def count_ranks(
+    matrix: np.ndarray, root: int, committed: np.ndarray, accepted: np.ndarray, offered: np.ndarray
+) -> None:
+    """Count, by depth and rank, which entries of the rows along ``committed`` came true.
+
+    It walks as a tree of all entries would be walked: from the root, to the first token that no entry foretold.
+    ``accepted`` and ``offered`` are [levels * k], the last level for all that are deeper; both are changed.
+    """
+    k = matrix.shape[1]
+    levels = len(offered) // k
+    token = root
+    for depth, truth in enumerate(committed):
+        if not 0 <= token < len(matrix):
+            return
+        foretold = False
+        for rank, entry in enumerate(matrix[token]):
+            if entry >= 0:
+                count(accepted, offered, min(depth, levels - 1) * k + rank, entry == truth)
+                foretold |= entry == truth
+        if not foretold:
+            return
+        token = truth

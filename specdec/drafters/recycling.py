@@ -1,0 +1,189 @@
+"""Token Recycling: what the target ranked high before is what it may choose next."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from specdec import trees
+from specdec.core import Budget, Context, DraftTree
+from specdec.drafters import recycling_file
+from specdec.drafters.adjacency import Adjacency, count_ranks
+from specdec.drafters.calibration import Acceptance
+from specdec.drafters.recycling_template import paper_template
+
+LEVELS = 8  # depths told apart when ranks are counted; deeper nodes count as the last
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and path probability
+Template = tuple[Int[np.ndarray, " nodes"], Int[np.ndarray, " nodes"]]
+
+
+class RecyclingDrafter:
+    """Unfolds, from the last token, what the target's own candidates after each token were when it was last fed.
+
+    Every verdict updates the rows of all its tokens, rejected guesses and the prompt's own pass included, and what is
+    learnt serves all later contexts of the same namespace. The tree is grown best first within the budget, with the
+    acceptance of each rank and depth learnt on line, or filled into a fixed template.
+
+    It wants ``k`` candidates per node; its guesses are chosen, not sampled. Memory is 4 * k bytes per row for token ids
+    up to the largest seen, per namespace. Threads may share a drafter.
+
+    Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling"
+    (arXiv 2408.08696).
+
+    Args:
+        k: candidates kept per token.
+        template: ``None`` to grow by budget, ``"paper"`` for the 80 nodes of "2.2.2", or ``(parents, ranks)``, parents
+            first, with node 0 the root. The budget cuts a template's least likely nodes.
+        namespaces: how many namespaces are kept; the least recently used is forgotten.
+        vocab: rows to allocate at once; more are added when larger token ids are seen.
+
+    Raises:
+        ValueError: k or namespaces below 1, or a template that is no tree.
+    """
+
+    name = "recycling"
+    hidden = False
+
+    def __init__(
+        self,
+        k: int = 8,
+        template: str | Template | None = None,
+        namespaces: int = 16,
+        vocab: int = 0,
+    ):
+        if k < 1 or namespaces < 1:
+            raise ValueError(f"k and namespaces must be at least 1, got k={k}, namespaces={namespaces}")
+        self.k = self.topk = k
+        self._template = None if template is None else _checked(template)
+        self._most_namespaces, self._vocab = namespaces, vocab
+        self._memories: OrderedDict[str, Adjacency] = OrderedDict()
+        self._ranks = Acceptance(prior(k), weight=8.0)
+        self._lock = threading.Lock()
+
+    def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+        """One tree per context, within its budget; the root alone where its token was never fed."""
+        memories = [self._catch_up(context) for context in contexts]
+        roots = [int(context.tokens[-1]) for context in contexts]
+        return [self._tree(*each) for each in zip(memories, roots, budgets, strict=True)]
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Forget one namespace, or everything that was learnt."""
+        with self._lock:
+            if namespace is None:
+                self._memories.clear()
+                self._ranks = Acceptance(prior(self.k), weight=8.0)
+            else:
+                self._memories.pop(namespace, None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that was learnt to ``path``, which changes at once or, on OSError, not at all."""
+        with self._lock:
+            memories, ranks = dict(self._memories), self._ranks
+        matrices = {namespace: memory.copy() for namespace, memory in memories.items()}
+        counts = {"accepted": ranks.accepted.copy(), "offered": ranks.offered.copy()}
+        recycling_file.write(path, self.k, matrices, **counts)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace everything that was learnt by what ``save`` wrote; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it was not written by ``save``, with this k, or it is damaged.
+        """
+        matrices, counts = recycling_file.read(path, self.k)
+        memories = OrderedDict((name, Adjacency(matrix)) for name, matrix in matrices.items())
+        ranks = Acceptance(prior(self.k), weight=8.0)
+        ranks.accepted[:], ranks.offered[:] = counts["accepted"], counts["offered"]
+        with self._lock:
+            self._memories, self._ranks = memories, ranks
+            self._forget_oldest()
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes held for all namespaces and for what was learnt about ranks."""
+        with self._lock:
+            return self._ranks.bytes_used + sum(memory.matrix.nbytes for memory in self._memories.values())
+
+    def _memory(self, namespace: str) -> Adjacency:
+        with self._lock:
+            memory = self._memories.get(namespace)
+            if memory is None:
+                memory = self._memories[namespace] = Adjacency.empty(self._vocab, self.k)
+                self._forget_oldest()
+            self._memories.move_to_end(namespace)
+            return memory
+
+    def _forget_oldest(self) -> None:
+        while len(self._memories) > self._most_namespaces:
+            self._memories.popitem(last=False)
+
+    def _catch_up(self, context: Context) -> Adjacency:
+        """Learn from what was committed and judged since the last call, each once."""
+        memory, tokens = self._memory(context.namespace), context.tokens
+        length, steps = context.scratch.get(self, (0, -1))
+        if 0 < length < len(tokens):
+            root = tokens[length - 1]
+            count_ranks(memory.matrix, root, tokens[length:], self._ranks.accepted, self._ranks.offered)
+        if context.verdict is not None and context.steps > steps:
+            memory.learn(context.verdict)
+        if context.finished:
+            context.scratch.pop(self, None)
+        else:
+            context.scratch[self] = len(tokens), context.steps
+        return memory
+
+    def _tree(self, memory: Adjacency, root: int, budget: Budget) -> DraftTree:
+        if budget.nodes <= 0:
+            return DraftTree.root(root)
+        if self._template is None:
+            tokens, parents, probability = self._grown(memory, root, budget)
+        else:
+            tokens, parents, probability = self._filled(self._template, memory, root, budget)
+        return DraftTree(tokens, parents, probability, (self.name,) * len(tokens))
+
+    def _grown(self, memory: Adjacency, root: int, budget: Budget) -> Arrays:
+        rates = self._ranks.rate.reshape(LEVELS, self.k)
+        with memory.lock:
+            return trees.grow_adjacency(
+                memory.matrix, rates, root, budget.nodes, budget.depth, budget.width, budget.least
+            )
+
+    def _filled(self, template: Template, memory: Adjacency, root: int, budget: Budget) -> Arrays:
+        with memory.lock:
+            tokens, parents, nodes = trees.expand_template(memory.matrix, *template, root)
+        levels = np.minimum(trees.depths(parents) - 1, LEVELS - 1)
+        probability = self._ranks.paths(parents, levels * self.k + template[1][nodes])
+        kept = trees.prune(parents, probability, budget.nodes, budget.depth, budget.width, budget.least)
+        return trees.select(tokens, parents, probability, kept)
+
+
+def prior(k: int) -> Float[np.ndarray, " kinds"]:
+    """How likely each rank is before anything is learnt, for ``LEVELS`` levels one after the other.
+
+    Rounded from a 135M model's greedy answers: the first rank is surer the deeper its parent was accepted, and the
+    others fall off as a power of their rank, alike at all depths.
+    """
+    rates = np.tile(0.35 / np.arange(1, k + 1) ** 1.7, (LEVELS, 1))
+    rates[:, 0] = np.minimum(0.38 + 0.06 * np.arange(LEVELS), 0.7)
+    return rates.ravel()
+
+
+def _checked(template: str | Template) -> Template:
+    if isinstance(template, str):
+        if template != "paper":
+            raise ValueError(f'template must be None, "paper" or (parents, ranks), got {template!r}')
+        return paper_template()
+    parents, ranks = (np.array(array, np.int64) for array in template)
+    n = len(parents)
+    if parents.ndim != 1 or ranks.shape != parents.shape or n == 0:
+        raise ValueError(f"a template has as many parents as ranks, got shapes {parents.shape} and {ranks.shape}")
+    if parents[0] != -1 or not np.all((parents[1:] >= 0) & (parents[1:] < np.arange(1, n))) or np.any(ranks[1:] < 0):
+        raise ValueError(
+            "a template has parent -1 for node 0, and for each other an earlier node, and no negative rank"
+        )
+    return parents, ranks
