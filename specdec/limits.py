@@ -32,7 +32,7 @@ def room(
 
 
 def positions_left(config: Any, length: int) -> int:
-    """Guesses that still fall within the positions a model knows; learnt ones end there. No limit where plain went past."""
+    """Guesses that still fall within the positions a model knows; learnt ones end there. No limit once past them."""
     known = getattr(config, "max_position_embeddings", None)
     return known - length if isinstance(known, int) and length <= known else UNLIMITED
 
@@ -47,7 +47,8 @@ def rotary_change(config: Any, length: int, max_length: int | None) -> int | Non
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if not kinds & {"dynamic", "longrope"}:
         return None
-    trained: int = _original(config, rope) or getattr(config, "max_position_embeddings", UNLIMITED)
+    known: int = getattr(config, "max_position_embeddings", UNLIMITED)
+    trained = _original(config, rope) or known
     past = max_length is None or max_length > trained
     return trained if past and (length <= trained or "dynamic" in kinds) else None
 
