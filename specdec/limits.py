@@ -37,7 +37,7 @@ def positions_left(config: Any, length: int) -> int:
     return known - length if isinstance(known, int) and length <= known else UNLIMITED
 
 
-def rotary_change(config: Any, length: int, max_length: int | None) -> int | None:
+def rotary_change(config: Any, length: int, max_length: int | None, earlier: int) -> int | None:
     """The text length, within this generation, at which the model rotates all positions anew; None if there is none.
 
     Rotary embeddings of type "longrope" change their frequencies once, "dynamic" ones with every token, from where
@@ -49,8 +49,8 @@ def rotary_change(config: Any, length: int, max_length: int | None) -> int | Non
         return None
     known: int = getattr(config, "max_position_embeddings", UNLIMITED)
     trained = _original(config, rope) or known
-    past = max_length is None or max_length > trained
-    return trained if past and (length <= trained or "dynamic" in kinds) else None
+    past = max_length is None or max_length + earlier > trained
+    return trained if past and (length + earlier <= trained or "dynamic" in kinds) else None
 
 
 def _original(config: Any, rope: dict[str, Any]) -> int | None:

@@ -127,7 +127,8 @@ class Speculate:
         target = Model(model, attachment.form)
         drafter = GuardedDrafter(self.drafter, stats, target.config.vocab_size, attachment.form.level == "chain")
         rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
-        changes = rotary_change(target.config, _length(input_ids, model_kwargs), sampler.max_length)
+        earlier = _earlier(input_ids, generation_config, model_kwargs)
+        changes = rotary_change(target.config, input_ids.shape[1], sampler.max_length, earlier)
         if changes is not None:
             raise Unsupported(f"the text may pass {changes} tokens, where this model's rotary embedding changes")
         with stats.clock("prefill"):
@@ -143,7 +144,6 @@ class Speculate:
             context.extend(verdict)
             stats.observe(verdict)
         del logits
-        earlier = target.prompt_length - input_ids.shape[1]
         limit = room(target.config, sampler.max_length, contexts, padding, earlier)
         for context, over in zip(contexts, sampler.finished, strict=True):
             context.finished = over
@@ -261,10 +261,11 @@ def _checked_verifier(verifier: PathwiseVerifier | str) -> PathwiseVerifier:
     return PathwiseVerifier()
 
 
-def _length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
-    """Tokens of the prompt, also where it came as embeddings."""
-    embeds = model_kwargs.get("inputs_embeds")
-    return max(input_ids.shape[1], 0 if embeds is None else embeds.shape[1])
+def _earlier(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt that are not in ``input_ids``: held by a cache, or given as embeddings."""
+    mask = model_kwargs.get("attention_mask")
+    whole: int = getattr(config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+    return max(0, whole - input_ids.shape[1])
 
 
 def _prompt_rows(topk: int, vocab: int, rows: int) -> int:
