@@ -148,7 +148,8 @@ class Sampler:
         self.logits: tuple[torch.Tensor, ...] | None = () if _wanted(config, config.output_logits) else None
         self.max_length: int | None = getattr(criteria, "max_length", None)
         rows = input_ids.shape[0]
-        together = rows == 1 or lockstep or not self._rowwise(input_ids.device)
+        # A streamer is given whole steps.
+        together = rows == 1 or lockstep or streamer is not None or not self._rowwise(input_ids.device)
         self.groups = [
             self._group(input_ids, which) for which in ([list(range(rows))] if together else [[r] for r in range(rows)])
         ]

@@ -74,7 +74,7 @@ def _write_rows(
     for node in range(1, len(tokens)):
         level[node] = level[parents[node]] + 1
     for node in path:
-        level[node] = EMPTY  # written last
+        level[node] = EMPTY  # written last, and in one scan: a prompt is all path, and deep
     for node in range(len(tokens)):
         deepest = max(deepest, level[node])
     for depth in range(deepest, -1, -1):
