@@ -38,6 +38,9 @@ class GuardedDrafter:
         except Exception as error:  # a third party's code may raise anything; it is counted and said
             self.stats.fault(self.name, f"raised {type(error).__name__}: {error}")
             return roots
+        if hasattr(self.drafter, "take_faults"):  # a drafter made of others, some of which may have failed
+            for name, text in self.drafter.take_faults():
+                self.stats.fault(name, text)
         if not isinstance(drafted, (list, tuple)) or len(drafted) != len(contexts):
             self.stats.fault(self.name, f"returned {type(drafted).__name__} instead of {len(contexts)} trees")
             return roots

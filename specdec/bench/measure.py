@@ -125,8 +125,11 @@ def logit_margin(model: Any, ids: Sequence[int], expected: int | None, got: int 
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """The 95% interval of the median of ``values``, by resampling; nan for no values. The same seed gives the same."""
-    if not len(values):
+    """The 95% interval of the median of ``values``, by resampling; the same seed gives the same.
+
+    nan for fewer than two values, which tell nothing of their spread.
+    """
+    if len(values) < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(values), size=(resamples, len(values)))

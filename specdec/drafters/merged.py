@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,6 @@ from specdec import trees
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.drafters import merged_numba as kernels
 from specdec.drafters.calibration import Acceptance
-from specdec.statistics import SpecdecWarning
 
 FAULTS_KEPT = 32
 KINDS = (2 * kernels.ODDS + 1) * kernels.DEPTHS
@@ -36,7 +34,7 @@ class MergedDrafter:
 
     Attributes:
         drafters: the parts.
-        faults: what parts did wrong, the last 32, in words. Each part's first is also warned of.
+        faults: what parts did wrong and nobody has taken note of yet, the last 32: pairs of a part's name and a text.
 
     Raises:
         ValueError: no drafters.
@@ -50,8 +48,7 @@ class MergedDrafter:
         self.name = "+".join(part.name for part in self.drafters)
         self.topk = max(part.topk for part in self.drafters)
         self.hidden = any(part.hidden for part in self.drafters)
-        self.faults: list[str] = []
-        self._warned: set[int] = set()
+        self.faults: list[tuple[str, str]] = []
         self._parts = [Acceptance(prior(), weight=8.0) for _ in self.drafters]
         self._together = Acceptance(np.tile(prior(), 2), weight=8.0)
 
@@ -69,15 +66,15 @@ class MergedDrafter:
             drafted = part.draft(contexts, budgets)
             _check(drafted, contexts)
         except Exception as error:  # a part may be anybody's code: its failure must not cost the others
-            self._fault(i, f"{part.name}: {type(error).__name__}: {error}")
+            fault = part.name, f"{type(error).__name__}: {error}"
+            self.faults = [*self.faults, fault][-FAULTS_KEPT:]
             return [None] * len(contexts)
         return drafted
 
-    def _fault(self, i: int, fault: str) -> None:
-        self.faults = [*self.faults, fault][-FAULTS_KEPT:]
-        if i not in self._warned:
-            self._warned.add(i)
-            warnings.warn(f"a drafter failed and is left out of this step: {fault}", SpecdecWarning, stacklevel=2)
+    def take_faults(self) -> list[tuple[str, str]]:
+        """Hand over ``faults``, so that each is counted once."""
+        faults, self.faults = self.faults, []
+        return faults
 
     def _learn(self, context: Context) -> None:
         """Count what became of the last trees, each part's and their union, once."""
