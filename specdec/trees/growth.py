@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from typing import cast
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from numba import njit
 
-Successors = Callable[[list[int]], tuple[Sequence[int], Sequence[float]]]
+Successors = Callable[[list[int]], tuple[Iterable[int], Iterable[float]]]
 
 
 def grow(

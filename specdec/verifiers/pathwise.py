@@ -121,7 +121,8 @@ class PathwiseVerifier:
         if self.sampler.finished[row]:
             return [(row, ([], []))]
         tree, best = batch[row], candidates[row]
-        choices = best[:, 0] if best is not None else logits[row, : len(tree)].float().argmax(-1).cpu().numpy()
+        top = topk(logits[row, : len(tree)].float(), 1).cpu().numpy() if best is None else best
+        choices = top[:, 0]
         path = trees.greedy_path(tree.tokens, tree.parents, choices).tolist()
         tokens: list[int] = []
         for i, node in enumerate(path):
