@@ -155,25 +155,22 @@ def _generate(module: Any, form: Form, prompt: np.ndarray, run: Callable[[Model]
         target.start(input_ids, generation_config, model_kwargs)
         return run(target)
 
-    return _call(module, prompt, _plain(64), custom_generate=probe)
+    return _call(module, prompt, 64, custom_generate=probe)
 
 
 def _ids(module: Any, tokens: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.tensor([list(map(int, tokens))], device=module.device)
 
 
-def _call(module: Any, prompt: np.ndarray, config: GenerationConfig, **parts: Any) -> Any:
-    """``generate`` with nothing but ``config``: the model's own stop strings, time limits and so on are left out."""
+def _call(module: Any, prompt: np.ndarray, new_tokens: int, **parts: Any) -> Any:
+    """Greedy ``generate`` of ``new_tokens``; the model's own stop strings, time limits and so on are set aside."""
     own = getattr(module, "generation_config", None) or GenerationConfig()
-    names = [name for name, value in own.to_dict().items() if value is not None and getattr(config, name, 0) is None]
     usual = GenerationConfig._get_default_generation_params()
-    unset = {name: usual.get(name) for name in names}
-    return type(module).generate(module, _ids(module, prompt), generation_config=config, **unset, **parts)
-
-
-def _plain(new_tokens: int) -> GenerationConfig:
-    exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return GenerationConfig(**exactly, do_sample=False, num_beams=1, num_return_sequences=1, pad_token_id=0)
+    given = [name for name, value in own.to_dict().items() if value is not None and hasattr(GenerationConfig(), name)]
+    settings: dict[str, Any] = {name: usual.get(name) for name in given if name not in ("transformers_version", *parts)}
+    settings |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
+    settings |= {"num_return_sequences": 1, "pad_token_id": 0}
+    return type(module).generate(module, _ids(module, prompt), **settings, **parts)
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]
@@ -191,10 +188,9 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 def _forced(module: Any, prompt: np.ndarray, tokens: Sequence[int]) -> torch.Tensor:
     """Plain ``generate``'s own logits after each of ``tokens``."""
-    config = _plain(len(tokens) + 1)
-    config.output_logits = config.return_dict_in_generate = True
-    forced = LogitsProcessorList([_Forced(len(prompt), tokens)])
-    output = _call(module, prompt, config, logits_processor=forced)
+    parts: dict[str, Any] = {"logits_processor": LogitsProcessorList([_Forced(len(prompt), tokens)])}
+    parts |= {"output_logits": True, "return_dict_in_generate": True}
+    output = _call(module, prompt, len(tokens) + 1, **parts)
     return torch.cat(output.logits)[1:]
 
 

@@ -100,7 +100,12 @@ class Model:
         cache = model_kwargs.get(self.cache_name)
         if not isinstance(cache, Cache):
             raise Unsupported(f"{type(self.module).__name__} keeps no transformers Cache (got {type(cache).__name__})")
-        self.cache = cache
+        # Some models drop the cache they were given and make another for a long prompt.
+        if self.form.level == "tree" and not isinstance(cache, SlotCache):
+            cache = SlotCache.of(cache)
+        if cache is None:
+            raise Unsupported(f"{type(self.module).__name__} makes a cache of its own that cannot hold trees")
+        self.cache: Cache = cache
         self._learn_inputs(input_ids, model_kwargs)
         after: torch.Tensor = outputs.logits
         return after
@@ -111,7 +116,7 @@ class Model:
         self.users_cache = cache if getattr(cache, "_is_user_defined", False) else None
         if self.users_cache is None and isinstance(cache, StaticCache):
             cache = DynamicCache(config=self.config)
-        self.foreign: Cache | None = cache
+        self.foreign: Cache | None = cache  # what the rows are handed back in
         slots = SlotCache.of(cache) if isinstance(cache, Cache) else None
         if slots is not None:
             model_kwargs[self.cache_name] = slots

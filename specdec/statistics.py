@@ -75,6 +75,7 @@ class Stats:
         self.fault_count = 0
         self.lossless = True
         self.sources: list[list[str]] = []
+        self._at_fault: set[str] = set()
         self._depth_drafted: Counter[int] = Counter()
         self._depth_accepted: Counter[int] = Counter()
 
@@ -142,7 +143,8 @@ class Stats:
 
     def fault(self, name: str, text: str) -> None:
         """Note what a drafter did wrong; warn the first time this drafter does something wrong."""
-        known = any(fault.startswith(f"{name}: ") for fault in self.faults)
+        known = name in self._at_fault
+        self._at_fault.add(name)
         self.fault_count += 1
         self.faults = [*self.faults[1 - FAULTS_KEPT :], f"{name}: {text}"]
         if self.parent is not None:

@@ -35,7 +35,6 @@ class ThroughputPolicy:
         fed = np.arange(1, nodes + 2)
         self.seconds = np.interp(fed, sorted(measured), [measured[n] for n in sorted(measured)])
         self.largest = Budget(nodes, depth, width)
-        self.scale = 1.0
         self.promised, self.accepted = 2.0, 2.0
         self.idle, self.patience = 0, FIRST_PROBE
 
@@ -56,12 +55,13 @@ class ThroughputPolicy:
         self.accepted += KEPT_FRESH * (accepted - self.accepted) if promised else 0.0
 
     def _learn_time(self, fed: int, seconds: float) -> None:
-        """Move the whole curve a little towards what was seen, and the size that was used somewhat more."""
+        """Move the whole curve towards what was seen, the more the nearer a size is to the one that was used."""
         if seconds <= 0 or fed > len(self.seconds):
             return
-        ratio = float(np.clip(seconds / (self.scale * self.seconds[fed - 1]), 0.5, 2.0))
-        self.scale *= ratio ** (KEPT_FRESH / 2)
-        self.seconds[fed - 1] *= ratio**KEPT_FRESH
+        ratio = float(np.clip(seconds / self.seconds[fed - 1], 0.5, 2.0))
+        sizes = np.arange(1, len(self.seconds) + 1)
+        likeness = np.minimum(sizes, fed) / np.maximum(sizes, fed)
+        self.seconds *= ratio ** (KEPT_FRESH * (0.02 + 0.98 * likeness**4))
 
     def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Each tree's likeliest nodes, the same number for all rows of the batch."""
@@ -79,13 +79,13 @@ class ThroughputPolicy:
 
     def _best(self, trees: Sequence[DraftTree]) -> int:
         trust = min(1.5, self.accepted / max(self.promised, 1e-3))
-        tokens = np.full(len(self.seconds), float(len(trees)))
+        tokens = np.full(min(len(self.seconds), max(map(len, trees))), float(len(trees)))
         for tree in trees:
             likeliest = np.sort(tree.probability[1:])[::-1][: len(tokens) - 1]
             gain = np.minimum(1.0, trust * likeliest).cumsum()
             tokens[1 : len(gain) + 1] += gain
             tokens[len(gain) + 1 :] += gain[-1] if len(gain) else 0.0
-        return int((tokens / self.seconds).argmax())
+        return int((tokens / self.seconds[: len(tokens)]).argmax())
 
     def _probe(self) -> int:
         self.idle += 1
