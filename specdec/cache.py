@@ -53,7 +53,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Write a pass's keys and values behind each row's length; return all slots up to the longest row's end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        n, top = key_states.shape[-2], max(self.lengths)
+        n, top, first = key_states.shape[-2], max(self.lengths), self._first() - self.offset
         end = top - self.offset + n
         self._reserve(end)
         if min(self.lengths) == top:
@@ -65,8 +65,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
                 self._keys[row, :, start : start + n] = key_states[row]
                 self._values[row, :, start : start + n] = value_states[row]
         self.lengths = [length + n for length in self.lengths]
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        self.keys, self.values = self._keys[:, :, first:end], self._values[:, :, first:end]
         return self.keys, self.values
+
+    def _first(self) -> int:
+        """The first token that the next pass of any row may look at."""
+        return self.offset if self.window is None else max(self.offset, min(self.lengths) - self.window + 1)
 
     def _reserve(self, end: int) -> None:
         if end > self._keys.shape[2]:
@@ -98,7 +102,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def _slide(self) -> None:
         if self.window is None:
             return
-        front = min(self.lengths) - self.window + 1 - self.offset
+        front = self._first() - self.offset
         if front >= GROWTH:
             end = max(self.lengths) - self.offset
             self._move(front, end, end - front + 2 * GROWTH)
@@ -106,8 +110,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self._show()
 
     def _show(self) -> None:
-        end = max(self.lengths) - self.offset
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        first, end = self._first() - self.offset, max(self.lengths) - self.offset
+        self.keys, self.values = self._keys[:, :, first:end], self._values[:, :, first:end]
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Start from another cache's rows, the last of ``length`` tokens; they are copied."""
@@ -119,7 +123,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots that a pass over ``query_length`` tokens sees, and the token that the first of them holds."""
-        return self.get_seq_length() - self.offset + query_length, self.offset
+        first = self._first()
+        return self.get_seq_length() - first + query_length, first
 
     def get_seq_length(self) -> int:
         """Tokens of the longest row."""
@@ -193,8 +198,7 @@ def _slot_layer(layer: CacheLayerMixin) -> CacheLayerMixin | None:
 
 
 def _fill(layer: CacheLayerMixin, slots: SlotLayer) -> None:
-    first = 0 if slots.window is None else max(0, slots.keys.shape[2] - slots.window + 1)
-    keys, values = slots.keys[:, :, first:], slots.values[:, :, first:]
+    keys, values = slots.keys, slots.values
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
