@@ -177,6 +177,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             cache.layers.append(cache.layer_class_to_replicate())
         for layer, slots in zip(cache.layers, self.layers, strict=True):
             if isinstance(slots, SlotLayer) and slots.is_initialized:
+                slots._show()  # after a prompt alone, a window still shows all of it
                 _fill(layer, slots)
 
 

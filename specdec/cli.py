@@ -226,8 +226,8 @@ def _show(comparison: Comparison) -> None:
     for r in results(comparison):
         keys = ("tokens_per_step", "tokens_per_second", "speedup", "speedup_low", "speedup_high")
         step, rate, speed, low, high = ("-" if r[key] is None else f"{r[key]:.2f}" for key in keys)
-        equal = "yes" if r["equal"] else "NO"
-        table.add_row(r["workload"], r["method"], str(r["tokens"]), equal, step, rate, speed, f"{low} - {high}")
+        equal, spread = "yes" if r["equal"] else "NO", "-" if low == "-" else f"{low} - {high}"
+        table.add_row(r["workload"], r["method"], str(r["tokens"]), equal, step, rate, speed, spread)
     Console(width=max(output.width, WIDTH)).print(table)
     for difference in comparison.differences:
         output.print(f"differs: {difference}", style="red", highlight=False, soft_wrap=True)

@@ -142,8 +142,10 @@ class Context:
 
     @property
     def tokens(self) -> Int[np.ndarray, " length"]:
-        """All committed tokens, the prompt's first; a view that later steps do not change."""
-        return self._tokens[: self._length]
+        """All committed tokens, the prompt's first; a read-only view that later steps do not change."""
+        view = self._tokens[: self._length]
+        view.flags.writeable = False
+        return view
 
     def extend(self, verdict: Verdict) -> None:
         """Commit what a verdict says; amortised constant time per token."""

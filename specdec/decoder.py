@@ -38,24 +38,25 @@ class Decoder:
 
     def run(self, contexts: Sequence[Context], finished: Callable[[], Sequence[bool]]) -> None:
         """Step until ``finished`` says so of every row; contexts are extended in place."""
-        while not all(context.finished for context in contexts):
-            self.step(contexts)
-            for context, over in zip(contexts, finished(), strict=True):
-                context.finished = over
+        while not all(over := finished()):
+            for context, done in zip(contexts, over, strict=True):
+                context.finished = done
+            self.step(contexts, [context for context, done in zip(contexts, over, strict=True) if not done])
+        for context in contexts:
+            context.finished = True
         self.drafter.draft(contexts, [Budget(0, 0, 0)] * len(contexts))  # the last chance to learn from the end
 
-    def step(self, contexts: Sequence[Context]) -> None:
-        """Draft, verify, extend."""
-        live = [context for context in contexts if not context.finished]
+    def step(self, contexts: Sequence[Context], live: Sequence[Context]) -> None:
+        """Draft for the ``live`` ones among the contexts of a batch, verify, extend."""
         budgets = [
             self._fitted(context, budget) for context, budget in zip(live, self.policy.budget(live), strict=True)
         ]
-        drafted = iter(self.policy.trim(live, self.drafter.draft(live, budgets)))
-        trees = [DraftTree.root(int(context.tokens[-1])) if context.finished else next(drafted) for context in contexts]
-        verdicts = self.verifier.verify(contexts, trees)
-        for context, verdict in zip(contexts, verdicts, strict=True):
+        drafted = self.policy.trim(live, self.drafter.draft(live, budgets))
+        trees = {id(context): tree for context, tree in zip(live, drafted, strict=True)}
+        roots = [trees.get(id(context)) or DraftTree.root(int(context.tokens[-1])) for context in contexts]
+        for context, verdict in zip(contexts, self.verifier.verify(contexts, roots), strict=True):
             context.extend(verdict)
-            if not context.finished:
+            if id(context) in trees:
                 self.observer.observe(verdict)
 
     def _fitted(self, context: Context, budget: Budget) -> Budget:

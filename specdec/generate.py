@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,9 @@ OTHERS = (
     "synced_gpus",
     "token_healing",
 )
+
+# Set while a plain generate runs, which may call the model's generate again as its own assistant.
+PLAIN: ContextVar[bool] = ContextVar("specdec_plain", default=False)
 
 
 class Generate:
@@ -56,6 +60,8 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``generate``, with every argument it takes."""
+        if PLAIN.get():
+            return self.plain(*args, **kwargs)
         named = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
         other = next((name for name in OTHERS if _asks(self.model, named, name)), None)
         try:
@@ -67,7 +73,11 @@ class Generate:
                 raise ValueError(f"specdec cannot run this: {why}") from why
             self.speculate.stats.plain_generations += 1
             self.speculate.stats.reason(f"plain generate: {why}")
-        return self.plain(*args, **kwargs)
+        token = PLAIN.set(True)
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            PLAIN.reset(token)
 
     def _speculative(self, streamer: Any = None, **kwargs: Any) -> Any:
         """Let ``generate`` prepare everything and decode in its place.
@@ -81,6 +91,8 @@ class Generate:
         if self.speculate.stats.level == "plain":
             raise Unsupported(self.speculate.why_plain)
         kwargs = _with_stop_strings(self.model, kwargs)
+        if hasattr(self.model, "get_base_model"):  # a self-test inside PEFT's generate would meet its per-row hooks
+            self.speculate.attach(self.model.get_base_model())
 
         def loop(
             model: Any,

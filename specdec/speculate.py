@@ -110,7 +110,7 @@ class Speculate:
     ) -> Any:
         """One generation. Raises Unsupported before anything of the caller's has been touched."""
         check(model, generation_config)
-        attachment, policy = self._attach(model)
+        attachment, policy = self.attach(model)
         if attachment.form.level == "plain":
             self.why_plain = f"{type(model).__name__} takes no drafts ({attachment.form.reason})"
             raise Unsupported(self.why_plain)
@@ -145,12 +145,10 @@ class Speculate:
             stats.observe(verdict)
         del logits
         limit = room(target.config, sampler.max_length, contexts, padding, earlier)
-        for context, over in zip(contexts, sampler.finished, strict=True):
-            context.finished = over
         Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
         return self._output(input_ids, generation_config, sampler, target, stats)
 
-    def _attach(self, model: Any) -> tuple[Attachment, Policy]:
+    def attach(self, model: Any) -> tuple[Attachment, Policy]:
         """The model's self-test, done once per attention implementation, and the policy for its pass times."""
         attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
         known = self._attached.get(model)

@@ -72,7 +72,7 @@ class PathwiseVerifier:
             result = self.model.forward(batch, self.hidden)
         seconds = time.perf_counter() - start
         with self.stats.clock("walk"):
-            candidates = self._candidates(contexts, batch, result.logits)
+            candidates = self._candidates(batch, result.logits)
             walk = self._walk_quick if self.sampler.quick else self._walk
             steps = dict(
                 pair for group in self.sampler.groups for pair in walk(group, batch, result.logits, candidates)
@@ -104,13 +104,13 @@ class PathwiseVerifier:
         return batch
 
     def _candidates(
-        self, contexts: Sequence[Context], batch: Sequence[DraftTree], logits: Float[torch.Tensor, "rows nodes vocab"]
+        self, batch: Sequence[DraftTree], logits: Float[torch.Tensor, "rows nodes vocab"]
     ) -> list[Int[np.ndarray, "nodes k"] | None]:
         if not self.topk:
             return [None] * len(batch)
         return [
-            None if context.finished else topk(logits[row, : len(tree)].float(), self.topk).cpu().numpy()
-            for row, (context, tree) in enumerate(zip(contexts, batch, strict=True))
+            None if self.sampler.finished[row] else topk(logits[row, : len(tree)].float(), self.topk).cpu().numpy()
+            for row, tree in enumerate(batch)
         ]
 
     def _walk_quick(
