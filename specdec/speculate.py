@@ -26,7 +26,7 @@ from specdec.statistics import Stats
 from specdec.verifiers import PathwiseVerifier
 
 PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
-PROMPT_LOGITS_ROWS = 256
+PROMPT_LOGITS_ROWS = 32
 
 
 class Speculate:
@@ -133,6 +133,8 @@ class Speculate:
             raise Unsupported(f"the text may pass {changes} tokens, where this model's rotary embedding changes")
         with stats.clock("prefill"):
             logits = target.start(input_ids, generation_config, model_kwargs, rows)
+        if target.prompt_length != input_ids.shape[1] + earlier:
+            raise Unsupported("the cache holds tokens that are not in the text (prompt tuning?)")
         self.stats.generations += 1
         stats.generations = 1
         verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
