@@ -77,9 +77,9 @@ def generate(
 @app.command()
 def bench(
     model: ModelOption = "demo",
-    methods: Annotated[str, typer.Option(help="Of plain, ngram, recycling, auto, fixed:NODES, prompt-lookup.")] = (
-        "plain,ngram,recycling,auto,prompt-lookup"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Of plain, ngram, recycling, auto, fixed:NODES, prompt-lookup; each also +kernels.")
+    ] = ("plain,plain+kernels,auto,auto+kernels,prompt-lookup,prompt-lookup+kernels"),
     workloads: Annotated[str, typer.Option(help="Kinds of work, separated by commas; all by default.")] = "",
     questions: Annotated[Path | None, typer.Option(help="JSONL with turns, messages or prompt in each line.")] = None,
     max_new_tokens: TokensOption = 128,

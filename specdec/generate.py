@@ -14,6 +14,7 @@ from torch import nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerationMixin
 
+from specdec import cpu
 from specdec.core import Drafter, Policy, Unsupported
 from specdec.speculate import Speculate
 from specdec.statistics import Stats
@@ -148,6 +149,7 @@ def wrap(
     verifier: PathwiseVerifier | str = "pathwise",
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
+    cpu_kernels: bool = False,
 ) -> Any:
     """Make ``model.generate`` speculative, in place; everything it takes and returns stays the same.
 
@@ -156,6 +158,8 @@ def wrap(
     Args:
         model: a transformers causal language model, or a PEFT model around one.
         drafter, policy, verifier, on_unsupported, namespace: see ``Speculate``.
+        cpu_kernels: also make float32 linear layers on the CPU quicker for short passes, which every step of
+            decoding is; results differ from torch's own by rounding.
 
     Returns:
         The same object.
@@ -169,6 +173,8 @@ def wrap(
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
     unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))
+    if cpu_kernels:
+        cpu.install(inner)
     return model
 
 
@@ -177,6 +183,7 @@ def unwrap(model: nn.Module) -> Any:
     inner = _inner(model)
     ours = vars(inner).get("generate")
     if isinstance(ours, Generate):
+        cpu.remove(inner)
         del inner.generate
         if ours.shadowed is not None:
             inner.generate = ours.shadowed
@@ -191,11 +198,12 @@ def speculating(
     verifier: PathwiseVerifier | str = "pathwise",
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
+    cpu_kernels: bool = False,
 ) -> Iterator[Any]:
     """The model wrapped inside the ``with`` block, as it was before after it. Takes what ``wrap`` takes."""
     inner = _inner(model)
     before = vars(inner).get("generate")
-    wrap(model, drafter, policy, verifier, on_unsupported, namespace)
+    wrap(model, drafter, policy, verifier, on_unsupported, namespace, cpu_kernels)
     try:
         yield model
     finally:

@@ -25,7 +25,8 @@ from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import MergedDrafter, NgramDrafter, RecyclingDrafter
 from specdec.policies import FixedPolicy
 
-VOCAB, WINDOW, NEW = 97, 4, 20  # drafts are deeper than the window
+VOCAB, PAD, NEW = 97, 1, 20
+WINDOW = 4  # drafts are deeper than this
 EOS = [2, 11, 23, 37, 52, 68, 80, 95]
 LEAST_MARGIN = 1e-4  # prompts at which plain generate chose less clearly are left out: rounding may turn those
 EXACT = 1e-5  # of the logits' spread
@@ -47,7 +48,7 @@ def tiny(layers: str, attention: str, dtype: torch.dtype = torch.float32) -> Any
         extra = {**extra, "layer_types": ["sliding_attention", "full_attention"]}
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=PAD,
         tie_word_embeddings=False, initializer_range=0.2, attn_implementation=attention, **extra,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -180,7 +181,7 @@ class Asked:
         mask = torch.ones_like(ids)
         for row in range(1, self.rows):
             mask[row, : (0, 3, 1, 5)[row]] = 0
-        return {"input_ids": ids * mask, "attention_mask": mask}
+        return {"input_ids": ids.where(mask.bool(), PAD), "attention_mask": mask}
 
 
 Cell = tuple[str, str, int, bool]

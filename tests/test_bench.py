@@ -190,13 +190,14 @@ def test_prompt_lookup_takes_fewer_passes_than_tokens(model):
     assert got.passes < len(got.tokens)
 
 
-@pytest.mark.parametrize("name", ["ngram", "recycling", "auto", "fixed:16"])
+@pytest.mark.parametrize("name", ["ngram", "recycling", "auto", "fixed:16", "auto+kernels"])
 def test_our_methods_are_equal_and_counted(model, name):
     method = prepare(model, name)
     got = measure(method, ASKS[0].ids, 24)
     assert got.tokens == measure(prepare(model, "plain"), ASKS[0].ids, 24).tokens
     assert 0 < got.passes <= len(got.tokens)
     assert "generate" not in vars(model)  # views are wrapped, never the model itself
+    assert not any("forward" in vars(layer) for layer in model.modules())  # kernels are there only while it generates
 
 
 def test_unknown_methods_are_refused():

@@ -62,13 +62,12 @@ def measure(method: Method, ids: Sequence[int], max_new_tokens: int) -> Run:
     prompt = torch.tensor([ids], device=method.model.device)
     before = specdec.stats(method.model).steps if method.wrapped else 0
     watch = Stopwatch()
-    output = method.model.generate(
+    output = method.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=watch,
-        **method.arguments,
     )
     passes = specdec.stats(method.model).steps - before if method.wrapped else 0
     start, first, last = watch.times[0], watch.times[1], watch.times[-1]
