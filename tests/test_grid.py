@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cache
 from typing import Any
@@ -72,6 +73,15 @@ def test_greedy_decoding_without_processors_takes_a_short_way_that_is_as_right(l
         reference = grid.Reference.of(model(layers, "sdpa"), asked)
         for drafter, form in itertools.product(("oracle", "merged"), ("tokens", "cache")):
             assert grid.differences(twin(layers, "sdpa", drafter), reference, form) == []
+
+
+@pytest.mark.parametrize("layers", grid.LAYERS)
+def test_the_defaults_give_what_plain_generate_gives(layers):
+    """The policy goes by the clock, so what is drafted varies from run to run; what comes out must not."""
+    twin = specdec.wrap(copy.copy(model(layers, "sdpa")), on_unsupported="error")
+    for seed, (rows, choice, stop) in enumerate(itertools.product((1, 3), (None, "top_p"), ("eos_list", "custom"))):
+        reference = grid.Reference.of(model(layers, "sdpa"), grid.Asked("none", stop, choice, rows, seed))
+        assert grid.differences(twin, reference, "cache") == []
 
 
 @pytest.mark.parametrize("new", [1, 2])
