@@ -9,6 +9,7 @@ Each type runs in a process of its own with a time limit, since a configuration 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import sys
 import warnings
@@ -92,16 +93,24 @@ SMALL = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
     "rotary_dim": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
 }
-# For hybrids whose few first layers would all be of one kind.
-BLOCKS = {
-    "num_hidden_layers": 4,
-    "layers_block_type": ["mamba", "attention", "mamba", "attention"],
-    "layer_types": ["mamba", "attention", "mamba", "attention"],
-    "attn_layer_indices": [1, 3],
-    "hybrid_layer_ids": [1, 3],
-    "num_key_value_heads": 4,
-}
+# For hybrids whose few first layers would all be of one kind: two kinds in turn.
+MORE = {"num_key_value_heads": 4, "attn_layer_indices": [1, 3], "hybrid_layer_ids": [1, 3], "mamba_expand": 2}
+MIXED = [
+    [first, second] * 2
+    for first, second in (
+        ("linear_attention", "full_attention"),
+        ("conv", "full_attention"),
+        ("mamba", "attention"),
+        ("mamba", "hybrid"),
+    )
+]
 
 
 def types() -> list[str]:
@@ -112,7 +121,7 @@ def types() -> list[str]:
 
 
 def build(model_type: str) -> Any:
-    """A small random model of the type that plain ``generate`` runs; raises what the last attempt raised."""
+    """A small random model of the type that plain ``generate`` runs; raises what the first attempt raised."""
     from transformers import AutoConfig
 
     attempts: list[Callable[[], Any]] = [
@@ -120,8 +129,12 @@ def build(model_type: str) -> Any:
         lambda: shrunk(AutoConfig.for_model(model_type), SMALL | {"num_key_value_heads": 4}),
         lambda: AutoConfig.for_model(model_type, **SMALL),
         lambda: AutoConfig.for_model(model_type, **SMALL | {"num_key_value_heads": 4}),
-        lambda: shrunk(AutoConfig.for_model(model_type, **BLOCKS), SMALL | BLOCKS),
+        *(
+            lambda kinds=kinds: AutoConfig.for_model(model_type, **SMALL | MORE | {"layer_types": kinds})
+            for kinds in MIXED
+        ),
     ]
+    first: Exception | None = None
     for attempt in attempts:
         try:
             model = random_model(attempt())
@@ -129,8 +142,9 @@ def build(model_type: str) -> Any:
             model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
             return model
         except Exception as error:  # the next attempt may do
-            last = error
-    raise last
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def prompt_ids() -> Any:
@@ -143,11 +157,12 @@ def prompt_ids() -> Any:
 def shrunk(config: Any, sizes: dict[str, Any]) -> Any:
     """A configuration made small in place, wherever it has one of the known names for a size."""
     text = config.get_text_config(decoder=True)
-    for name, value in sizes.items():
+    parts = [config, text, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part, (name, value) in itertools.product(parts, sizes.items()):
         with contextlib.suppress(Exception):  # a name that may not be read or set is left as it is
-            now = getattr(text, name, None)
+            now = getattr(part, name, None)
             if type(now) is type(value) or (type(now) is int and type(value) is float):
-                setattr(text, name, value)
+                setattr(part, name, value)
     kinds = vars(text).get("layer_types")
     if kinds:
         text.layer_types = (list(dict.fromkeys(kinds)) * sizes["num_hidden_layers"])[: sizes["num_hidden_layers"]]
