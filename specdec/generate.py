@@ -104,18 +104,19 @@ class Generate:
             **model_kwargs: Any,
         ) -> Any:
             parts = (input_ids, logits_processor, stopping_criteria, generation_config)
-            return self.speculate.run(model, *parts, model_kwargs, streamer)
+            try:
+                return self.speculate.run(model, *parts, model_kwargs, streamer)
+            except Unsupported as why:
+                return why  # raised only outside: what wraps generate (PEFT) does not clean up after an error
 
+        result: Any = None
         try:
             result = self.plain(custom_generate=loop, **kwargs)
-        except Unsupported:
-            raise  # plain generate will use the streamer
-        except BaseException:
-            if streamer is not None:
+        finally:
+            if streamer is not None and not isinstance(result, Unsupported):
                 streamer.end()
-            raise
-        if streamer is not None:
-            streamer.end()
+        if isinstance(result, Unsupported):
+            raise result
         return result
 
 

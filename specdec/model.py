@@ -21,6 +21,7 @@ from specdec.masks import Layout, Reach, additive, tree_mask
 Level = Literal["tree", "chain", "plain"]
 OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict")
 CACHES = ("past_key_values", "cache_params")
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # of passes of a compiled model, which compiles anew for every other width
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Model:
         self.form = form
         self.config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         self.takes_all_logits = "logits_to_keep" in inspect.signature(self.module.forward).parameters
-        self.buckets: tuple[int, ...] = ()
+        self.widths = WIDTHS if _compiled(self.module) else ()
 
     def start(
         self,
@@ -160,7 +161,7 @@ class Model:
 
     def _width(self, batch: Sequence[DraftTree]) -> int:
         n = max(map(len, batch))
-        return next((size for size in self.buckets if size >= n), n)
+        return next((width for width in self.widths if width >= n), n)
 
     def _run(self, layout: Layout, hidden: bool = False) -> Any:
         inputs: dict[str, Any] = {"input_ids": layout.tokens, self.cache_name: self.cache, "use_cache": True}
@@ -236,6 +237,12 @@ class Model:
 
 
 ROOT = DraftTree.root(0)
+
+
+def _compiled(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
+        module.forward, "_torchdynamo_orig_callable"
+    )
 
 
 def _kinds(cache: Any) -> str:

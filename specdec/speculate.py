@@ -6,7 +6,7 @@ import weakref
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
@@ -114,41 +114,49 @@ class Speculate:
         if attachment.form.level == "plain":
             self.why_plain = f"{type(model).__name__} takes no drafts ({attachment.form.reason})"
             raise Unsupported(self.why_plain)
+        chains = attachment.form.level == "chain"
+        rules = (logits_processor, stopping_criteria, generation_config, streamer)
+        sampler = Sampler(input_ids, *rules, lockstep=chains)
+        target = Model(model, attachment.form)
         stats = Stats(self.stats)
         stats.level = attachment.form.level
-        sampler = Sampler(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-            attachment.form.level == "chain",
-        )
-        target = Model(model, attachment.form)
-        drafter = GuardedDrafter(self.drafter, stats, target.config.vocab_size, attachment.form.level == "chain")
-        rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
+        drafter = GuardedDrafter(self.drafter, stats, target.config.vocab_size, chains)
         earlier = _earlier(input_ids, generation_config, model_kwargs)
         changes = rotary_change(target.config, input_ids.shape[1], sampler.max_length, earlier)
         if changes is not None:
             raise Unsupported(f"the text may pass {changes} tokens, where this model's rotary embedding changes")
         with stats.clock("prefill"):
+            rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
             logits = target.start(input_ids, generation_config, model_kwargs, rows)
         if target.prompt_length != input_ids.shape[1] + earlier:
             raise Unsupported("the cache holds tokens that are not in the text (prompt tuning?)")
-        self.stats.generations += 1
-        stats.generations = 1
-        verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
-        self.stats.sources = stats.sources
         if streamer is not None:
             streamer.put(input_ids.cpu())
+        self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats)
+        return self._output(input_ids, generation_config, sampler, target, stats)
+
+    def _decode(
+        self,
+        input_ids: Int[torch.Tensor, "rows prompt"],
+        logits: Float[torch.Tensor, "rows last vocab"],
+        target: Model,
+        sampler: Sampler,
+        drafter: GuardedDrafter,
+        policy: Policy,
+        earlier: int,
+        stats: Stats,
+    ) -> None:
+        """Commit the first tokens from the prompt's ``logits``, then step until every row has ended."""
+        stats.generations = 1
+        self.stats.generations += 1
+        verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
+        self.stats.sources = stats.sources
         contexts, padding = self._contexts(input_ids, target)
         for context, verdict in zip(contexts, verifier.first(contexts, logits), strict=True):
             context.extend(verdict)
             stats.observe(verdict)
-        del logits
         limit = room(target.config, sampler.max_length, contexts, padding, earlier)
         Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
-        return self._output(input_ids, generation_config, sampler, target, stats)
 
     def attach(self, model: Any) -> tuple[Attachment, Policy]:
         """The model's self-test, done once per attention implementation, and the policy for its pass times."""

@@ -229,6 +229,22 @@ class TestOwnGenerate:
         assert specdec.stats(model).plain_generations == 1
 
 
+class TestCompiledForward:
+    def test_passes_come_in_few_widths(self) -> None:
+        model, widths = tiny.model(), set()
+        plain = model.generate(prompt(), max_new_tokens=24, do_sample=False)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: widths.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        model.forward = torch.compile(model.forward, backend="eager")
+        with specdec.speculating(model, policy=FixedPolicy(10, 5, 4), on_unsupported="error"):
+            ours = model.generate(prompt(), max_new_tokens=24, do_sample=False)
+        assert ours.tolist() == plain.tolist()
+        prompts = {prompt().shape[1], 7}  # this one and the self-test's
+        assert widths - prompts <= {1, 2, 4, 8, 16, 32}
+        assert widths & {4, 8, 16}
+
+
 class TestPeft:
     @pytest.fixture
     def adapted(self, model: Any) -> Any:

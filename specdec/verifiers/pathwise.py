@@ -24,8 +24,8 @@ class PathwiseVerifier:
     far, choose, commit, ask the stopping rules, and descend if a child carries the chosen token. Every committed
     token is the target's own choice, drawn in plain ``generate``'s order.
 
-    Exactness: section "sample and match" of speculative decoding with deterministic drafts (Yang et al. 2023,
-    arXiv 2304.04487; Zhao et al. 2024, arXiv 2312.12728).
+    Choosing as the target does and matching the choice against the draft is how copied references (Yang et al. 2023,
+    arXiv 2304.04487) and tries (Zhao et al. 2023, arXiv 2312.12728) are verified.
     """
 
     lossless = True
