@@ -1,4 +1,4 @@
-"""Models that read an image with the prompt: the image goes through the prompt's own pass, trees through the text model."""
+"""Models that read an image with the prompt: it goes through the prompt's own pass, trees through the text model."""
 
 from __future__ import annotations
 
