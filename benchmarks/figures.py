@@ -48,8 +48,8 @@ def _machine(report: dict[str, Any]) -> str:
     return (
         f"{m['model']} ({m['parameters'] / 1e6:.0f}M parameters, {m['dtype']}, {m['attention']} attention) on "
         f"{m['device']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}; greedy, batch "
-        f"1, at most {report['max_new_tokens']} tokens, timed runs of each prompt: {report['repeats']}. Speed of decoding "
-        "over plain `generate` (median over prompts, in brackets its 95% interval) / tokens per pass:"
+        f"1, at most {report['max_new_tokens']} tokens, timed runs of each prompt: {report['repeats']}. Speed of "
+        "decoding over plain `generate` (median over prompts, in brackets its 95% interval) / tokens per pass:"
     )
 
 

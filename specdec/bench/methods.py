@@ -34,8 +34,9 @@ class Method:
 
     def generate(self, *inputs: Any, **arguments: Any) -> Any:
         """The model's ``generate``, with this method's arguments and kernels."""
-        if self.kernels:
-            cpu.install(self.model)
+        if not self.kernels:
+            return self.model.generate(*inputs, **arguments, **self.arguments)
+        cpu.install(self.model)
         try:
             return self.model.generate(*inputs, **arguments, **self.arguments)
         finally:
