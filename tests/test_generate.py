@@ -232,7 +232,7 @@ class TestBadInput:
 
 
 class TestStopping:
-    @pytest.mark.parametrize("where", ["argument", "list", "config", "model"])
+    @pytest.mark.parametrize("where", ["argument", "list", "config", "model", "model beside a config"])
     def test_stop_strings(self, drafter: str | None, where: str) -> None:
         model, tokenizer = tiny.model(), tiny.tokenizer()
         free = model.generate(prompt(), max_new_tokens=20)
@@ -250,6 +250,9 @@ class TestStopping:
                 }
             case "model":
                 model.generation_config.stop_strings = string
+            case "model beside a config":
+                model.generation_config.stop_strings = string
+                arguments = {"tokenizer": tokenizer, "generation_config": GenerationConfig(max_new_tokens=20)}
         known = Oracle(free.tolist()) if drafter is None else drafter
         result = same(model, {"input_ids": prompt()}, drafter=known, **arguments)
         assert result.plain.shape[1] == 17

@@ -292,6 +292,8 @@ class TestPeft:
                 assert adapted.generate(**arguments).tolist() == plain.tolist()
                 assert written(adapted) == alone
             assert specdec.stats(adapted).accepted > 0
+            assert adapted.generate(**arguments, use_cache=False).tolist() == plain.tolist()
+            assert written(adapted) == alone  # nothing of the call that fell back is left in the adapters
 
     def test_unwrapping_the_adapted_model(self, adapted: Any) -> None:
         specdec.unwrap(wrap(adapted))
