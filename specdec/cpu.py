@@ -1,47 +1,131 @@
-"""Quicker float32 linear layers for short passes on the CPU, put into a model and taken out again."""
+"""Quicker float32 passes over few tokens on the CPU, put into a model and taken out again."""
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
-from specdec.kernels.linear import linear
+from specdec.kernels.linear import Impl, linear
+from specdec.short_layer import Shared, ShortLayer, fits
+
+ROWS = (16, 32, 64, 128, 256)  # of x, where torch's own product is tried against ours
+OUTPUTS = 4096  # of a weight, enough to time it by
+SAMPLE = 64 << 20  # bytes of weights to time by
+TOLERANCE = 1e-4  # share of the logits' spread by which rounding may change them
 
 
 class ShortPass:
     """A linear layer's ``forward`` that reads each weight once when there are few rows; torch's own for many.
 
     The layer keeps its weights; nothing is copied. The same result up to float32 rounding.
+
+    Args:
+        layer: the layer.
+        most: rows up to which ours is quicker.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Linear, most: int) -> None:
+        self.layer, self.most = layer, most
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for ``x`` [..., inputs]."""
-        return linear(x, self.layer.weight, self.layer.bias)
+        return linear(x, self.layer.weight, self.layer.bias, most=self.most)
 
 
-def install(model: nn.Module) -> int:
-    """Give the model's float32 CPU linear layers a ``ShortPass``; returns how many were changed.
+def install(model: nn.Module) -> str:
+    """Make the model's float32 layers on the CPU quicker for few rows; what stands in the way, or "".
 
-    Layers of another type (quantised, adapted) or with a ``forward`` of somebody else's are left alone.
+    Decoder layers of the Llama shape are replaced whole by a ``ShortLayer``, if the model's logits stay what they were;
+    other linear layers get a ``ShortPass``. Up to how many rows is measured. Layers of another type (quantised,
+    adapted), or with a ``forward`` of somebody else's, are left alone.
     """
-    layers = [layer for layer in _linear_layers(model) if "forward" not in vars(layer)]
-    for layer in layers:
-        layer.forward = ShortPass(layer)  # type: ignore[method-assign, assignment]
-    return len(layers)
+    whole, single = [layer for layer in model.modules() if fits(layer)], _linear_layers(model)
+    if not single:
+        return ""
+    few, shared = _few([layer.weight.detach() for layer in single]), Shared()
+    before = _logits(model) if whole else None
+    for layer in whole:
+        layer.forward = ShortLayer(layer, few, shared)
+    reason = _difference(before, _logits(model)) if whole else ""
+    if reason:
+        remove(model)
+        reason = f"decoder layers keep their own passes: {reason}"
+    replaced = [] if reason else whole
+    inside = {part for layer in replaced for part in layer.modules()}
+    for layer in single:
+        if layer not in inside:  # there, its own pass has more rows than pay
+            layer.forward = ShortPass(layer, few)  # type: ignore[method-assign, assignment]
+    return reason
 
 
 def remove(model: nn.Module) -> None:
     """Give every layer changed by ``install`` its own ``forward`` back."""
     for layer in model.modules():
-        if isinstance(vars(layer).get("forward"), ShortPass):
+        if isinstance(vars(layer).get("forward"), (ShortPass, ShortLayer)):
             del layer.forward
 
 
-def _linear_layers(model: Any) -> list[nn.Linear]:
-    plain = [layer for layer in model.modules() if type(layer) is nn.Linear]
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    plain = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     return [layer for layer in plain if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"]
+
+
+@torch.no_grad()
+def _few(weights: Sequence[torch.Tensor]) -> int:
+    """Up to how many rows our product is quicker than torch's, over more weights than caches hold."""
+    sizes = itertools.accumulate(4 * weight.numel() for weight in weights)
+    sample = [weight[:OUTPUTS] for weight, before in zip(weights, [0, *sizes], strict=False) if before < SAMPLE]
+    few = ROWS[0]
+    for rows in ROWS[1:]:
+        inputs = [torch.ones(rows, weight.shape[1]) for weight in sample]
+        ours, theirs = (_quickest(partial(_products, inputs, sample, impl)) for impl in ("numba", "reference"))
+        if ours > theirs:
+            break
+        few = rows
+    return few
+
+
+def _products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], impl: Impl) -> None:
+    for x, weight in zip(inputs, weights, strict=True):
+        linear(x, weight, impl=impl)
+
+
+def _quickest(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor | str:
+    """What the model says of a prompt, a single token and a small tree after it; or why it does not."""
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.arange(9)[None] % int(config.vocab_size)
+    cache, positions = DynamicCache(config=config), torch.tensor([[6, 7, 7]])
+    mask = torch.ones(1, 1, 3, 9, dtype=torch.bool)
+    mask[0, 0, :, 6:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])
+    try:
+        model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+        one = model(input_ids=ids[:, 5:6], past_key_values=cache, use_cache=True).logits
+        tree = {"input_ids": ids[:, 6:], "attention_mask": mask, "position_ids": positions}
+        return torch.cat([one, model(**tree, past_key_values=cache, use_cache=True).logits], dim=1)
+    except Exception as error:  # any model may refuse in any way: that is an answer
+        return f"{type(error).__name__}: {error}"
+
+
+def _difference(before: Any, after: Any) -> str:
+    """What is wrong with what a model says ``after`` its layers were changed, or ""."""
+    if isinstance(before, str) or isinstance(after, str):
+        return before if isinstance(before, str) else after
+    error, spread = float((before - after).abs().max()), float((before - before.mean(-1, keepdim=True)).abs().max())
+    return "" if error <= TOLERANCE * spread else f"logits differ by {error:.2g}"

@@ -159,8 +159,8 @@ def wrap(
     Args:
         model: a transformers causal language model, or a PEFT model around one.
         drafter, policy, verifier, on_unsupported, namespace: see ``Speculate``.
-        cpu_kernels: also make float32 linear layers on the CPU quicker for short passes, which every step of
-            decoding is; results differ from torch's own by rounding.
+        cpu_kernels: also make float32 layers on the CPU quicker for short passes, which every step of decoding is;
+            results differ from torch's own by rounding.
 
     Returns:
         The same object.
@@ -174,8 +174,8 @@ def wrap(
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
     unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))
-    if cpu_kernels:
-        cpu.install(inner)
+    if cpu_kernels and (reason := cpu.install(inner)):
+        parts.stats.reason(reason)
     return model
 
 

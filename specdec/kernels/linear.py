@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch.nn import functional
 
 Impl = Literal["auto", "reference", "numba"]
-FEW = 16  # rows up to which reading the weights, not multiplying them, is what takes the time
+FEW = 16  # rows up to which reading the weights takes longer than multiplying them
 
 
 def linear(
@@ -18,19 +18,21 @@ def linear(
     bias: Float[torch.Tensor, " outputs"] | None = None,
     *,
     impl: Impl = "auto",
+    most: int = FEW,
 ) -> Float[torch.Tensor, "*rows outputs"]:
     """``x @ weight.T + bias``, equal to torch's up to rounding.
 
     Args:
-        impl: "reference" is torch; "numba" reads each weight once, for float32 on the CPU; "auto" takes it for up to
-            sixteen rows.
+        impl: "reference" is torch; "numba" reads each weight once, for float32 on the CPU; "auto" takes it for
+            few rows.
+        most: how many rows are few.
 
     Raises:
         ValueError: where an explicit ``impl`` cannot run.
     """
     if impl == "numba" and not runs(x, weight):
         raise ValueError(f"numba takes contiguous float32 weights on the CPU; got {weight.dtype} on {weight.device}")
-    few = x.numel() <= FEW * x.shape[-1]
+    few = x.numel() <= most * x.shape[-1]
     if impl == "numba" or (impl == "auto" and few and runs(x, weight)):
         return _numba(x, weight, bias)
     return functional.linear(x, weight, bias)

@@ -1,0 +1,221 @@
+"""A decoder layer of the Llama shape for few rows on the CPU, in two calls: up to the cache, and from it.
+
+Between the matrix products of a short pass an eager layer spends half its time starting some forty small operations.
+Here norm, projections and rotary embedding are one parallel loop; attention, output projection, norm and gated MLP
+are four. Each thread normalises all rows for itself, which costs less than waiting for another to do it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from specdec.kernels.linear_numba import outputs_of, product
+from specdec.kernels.tile_numba import LANES, ROWS, mix
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; but NaN and infinity keep their meaning
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def before_cache(
+    x: Any, norm: Any, eps: float, wq: Any, wk: Any, wv: Any, bq: Any, bk: Any, bv: Any, q_norm: Any, k_norm: Any,
+    cos: Any, sin: Any, q: Any, k: Any, v: Any, dim: int, threads: int,
+) -> None:  # fmt: skip
+    """Queries, keys and values of ``x`` [rows, width], written to q, k, v [rows, heads * dim].
+
+    ``cos`` and ``sin`` [rows, rotated] turn the first ``rotated`` numbers of each head; biases b* and the norms of
+    heads have length 0 where there are none.
+    """
+    heads, groups = q.shape[1] // dim, k.shape[1] // dim
+    for t in prange(threads):
+        normed = _normed(x, norm, eps)
+        for head in range((heads + 2 * groups) * t // threads, (heads + 2 * groups) * (t + 1) // threads):
+            if head < heads:
+                _head(normed, wq, bq, q, head * dim, dim)
+                _turned(q, head * dim, dim, q_norm, eps, cos, sin)
+            elif head < heads + groups:
+                _head(normed, wk, bk, k, (head - heads) * dim, dim)
+                _turned(k, (head - heads) * dim, dim, k_norm, eps, cos, sin)
+            else:
+                _head(normed, wv, bv, v, (head - heads - groups) * dim, dim)
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def after_cache(
+    x: Any, q: Any, keys: Any, key_strides: Any, values: Any, value_strides: Any, shape: Any, mask: Any, scale: float,
+    wo: Any, bo: Any, norm: Any, eps: float, wg: Any, wu: Any, wd: Any, bg: Any, bu: Any, bd: Any, y: Any, threads: int,
+) -> None:  # fmt: skip
+    """The rest of the layer: ``y`` [rows, width] from ``x``, its queries and the cache's rows.
+
+    Args:
+        keys, values: flat memory, of which batch row b, head h, slot s starts at ``b * strides[0] + h * strides[1]
+            + s * strides[2]``.
+        shape: batch rows, heads of keys, slots, and numbers in a head.
+        mask: [batch, nodes, slots], True where a node may look; of no batch rows where all may look at all.
+    """
+    batch, groups, slots, dim = shape
+    heads, nodes = q.shape[1] // dim, len(x) // batch
+    seen = np.empty((len(x), heads * dim), np.float32)
+    middle, gate, up = (
+        np.empty_like(x),
+        np.empty((len(x), len(wg)), np.float32),
+        np.empty((len(x), len(wu)), np.float32),
+    )
+    plain = _plain_columns(mask, slots)
+    for task in prange(batch * heads):
+        b, head = task // heads, task % heads
+        group = head // (heads // groups)
+        k = b * key_strides[0] + group * key_strides[1]
+        v = b * value_strides[0] + group * value_strides[1]
+        scores = np.empty((nodes, slots), np.float32)
+        at = q.ctypes.data + 4 * (b * nodes * heads + head) * dim
+        product(keys.ctypes.data + 4 * k, key_strides[2], at, heads * dim, scores.ctypes.data, slots, nodes, dim, slots)
+        for n in range(nodes):
+            _softmax(scores[n], mask, b, n, plain, scale)
+        seen_at = seen.ctypes.data + 4 * (b * nodes * heads + head) * dim
+        _weighted(scores, values.ctypes.data + 4 * v, value_strides[2], seen_at, heads * dim, dim)
+    for t in prange(threads):
+        first, last = len(wo) * t // threads, len(wo) * (t + 1) // threads
+        outputs_of(seen, wo, middle, first, last)
+        _add(middle, x, bo, first, last)
+    for t in prange(threads):
+        normed = _normed(middle, norm, eps)
+        first, last = len(wg) * t // threads, len(wg) * (t + 1) // threads
+        outputs_of(normed, wg, gate, first, last)
+        outputs_of(normed, wu, up, first, last)
+        _gated(gate, up, bg, bu, first, last)
+    for t in prange(threads):
+        first, last = len(wd) * t // threads, len(wd) * (t + 1) // threads
+        outputs_of(gate, wd, y, first, last)
+        _add(y, middle, bd, first, last)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _normed(x: Any, weight: Any, eps: float) -> Any:
+    """RMSNorm of each row."""
+    y = np.empty_like(x)
+    for n in range(len(x)):
+        _norm(x[n], weight, eps, y[n])
+    return y
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _norm(x: Any, weight: Any, eps: float, y: Any) -> None:
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    scale = np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
+    for i in range(len(x)):
+        y[i] = weight[i] * (x[i] * scale)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _head(normed: Any, w: Any, bias: Any, y: Any, first: int, dim: int) -> None:
+    outputs_of(normed, w, y, first, first + dim)
+    if len(bias):
+        for n in range(len(y)):
+            for i in range(first, first + dim):
+                y[n, i] += bias[i]
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _turned(y: Any, first: int, dim: int, norm: Any, eps: float, cos: Any, sin: Any) -> None:
+    """Norm and rotary embedding of one head, in place."""
+    half = cos.shape[1] // 2
+    for n in range(len(y)):
+        row = y[n][first : first + dim]
+        if len(norm):
+            _norm(row, norm, eps, row)
+        for i in range(half):
+            a, b = row[i], row[i + half]
+            row[i] = a * cos[n, i] - b * sin[n, i]
+            row[i + half] = b * cos[n, i + half] + a * sin[n, i + half]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _plain_columns(mask: Any, slots: int) -> int:
+    """How many of the first slots every node of every row may look at."""
+    plain = slots
+    for b in range(mask.shape[0]):
+        for n in range(mask.shape[1]):
+            at = 0
+            while at < plain and mask[b, n, at]:
+                at += 1
+            plain = at
+    return plain
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> None:
+    """Scores to weights, in place; hidden slots weigh nothing."""
+    for s in range(plain, len(row)):
+        if not mask[b, n, s]:
+            row[s] = -np.inf
+    top = row[0]
+    for s in range(len(row)):
+        top = max(top, row[s])
+    total = np.float32(0)
+    for s in range(len(row)):
+        row[s] = exp(np.float32(scale) * (row[s] - top))
+        total += row[s]
+    for s in range(len(row)):
+        row[s] /= total
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _weighted(weights: Any, values: int, stride: int, y: int, y_stride: int, dim: int) -> None:
+    """Sums of the values by each row's weights, written to ``y``; a head's numbers are a multiple of ``LANES``."""
+    nodes, slots = weights.shape
+    column = 0
+    while column < dim:
+        vectors = 4 if column + 4 * LANES <= dim else 1
+        for n in range(0, nodes, ROWS):
+            at = weights.ctypes.data + 4 * n * slots, y + 4 * (n * y_stride + column)
+            mix(vectors, min(ROWS, nodes - n), at[0], slots, values + 4 * column, stride, at[1], y_stride, slots)
+        column += vectors * LANES
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _add(y: Any, x: Any, bias: Any, first: int, last: int) -> None:
+    for n in range(len(y)):
+        for i in range(first, last):
+            y[n, i] += x[n, i]
+        if len(bias):
+            for i in range(first, last):
+                y[n, i] += bias[i]
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _gated(gate: Any, up: Any, gate_bias: Any, up_bias: Any, first: int, last: int) -> None:
+    """SwiGLU, in place of ``gate``: ``gate * sigmoid(gate) * up``."""
+    for n in range(len(gate)):
+        if len(gate_bias):
+            for i in range(first, last):
+                gate[n, i] += gate_bias[i]
+                up[n, i] += up_bias[i]
+        for i in range(first, last):
+            g = gate[n, i]
+            gate[n, i] = g / (np.float32(1) + exp(-g)) * up[n, i]
+
+
+@njit(cache=True, nogil=True, fastmath=FAST, inline="always")  # type: ignore[untyped-decorator]
+def exp(x: Any) -> Any:
+    """e to the x in float32, within 2 units in the last place; branch-free, so that loops over it vectorise.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its series, 2^n by the exponent's bits.
+    """
+    x = np.float32(-87.3) if x < np.float32(-87.3) else np.float32(88.7) if x > np.float32(88.7) else x  # NaN stays
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375)
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1)
+    p = p * r + np.float32(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)

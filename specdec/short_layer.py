@@ -1,0 +1,181 @@
+"""A decoder layer of the Llama shape, quick for short passes in float32 on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+PARTS = {
+    "": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn"),
+}
+NORMS_OF_HEADS = ("q_norm", "k_norm")
+IGNORED = ("position_ids", "use_cache", "cache_position")  # arguments that say nothing which is not said otherwise
+NONE = np.empty(0, np.float32)
+
+
+class ShortLayer:
+    """A layer's ``forward`` in two calls of our own where there are few rows; the layer's own for all else.
+
+    It stands in for layers that are RMSNorm, attention with rotary embeddings (Su et al., arXiv 2104.09864) and grouped
+    heads, RMSNorm and SwiGLU, each half added to what came in: Llama, Mistral, Qwen 2 and 3, SmolLM and their like.
+    Whether a layer is one is asked of its parts, and ``cpu.install`` asks it of the numbers. Weights are used where
+    they lie; nothing is copied. The same result up to float32 rounding.
+
+    Args:
+        layer: a layer for which ``fits`` holds.
+        most: rows up to which it is quicker.
+        shared: what the layers of one model share.
+    """
+
+    def __init__(self, layer: Any, most: int, shared: Shared) -> None:
+        self.layer, self.most, self.shared = layer, most, shared
+        self.own = type(layer).forward.__get__(layer)
+        self.attention: Any = layer.self_attn
+        self.config = vars(self.attention.config)  # looking an attribute up there runs code
+        self.parts = [(parent._modules, name, parent._modules[name]) for parent, name in _places(layer)]
+        self._read()
+
+    def _read(self) -> None:
+        """Look at the weights where they are now."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        linears: list[Any] = [getattr(attention, name) for name in PARTS["self_attn"]]
+        linears += [getattr(mlp, name) for name in PARTS["mlp"][:3]]
+        norms = [self.layer.input_layernorm, self.layer.post_attention_layernorm]
+        norms += [getattr(attention, name, None) for name in NORMS_OF_HEADS]
+        self.tensors = [each.weight for each in (*linears, *norms) if each is not None]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.wq, self.wk, self.wv, self.wo, self.wg, self.wu, self.wd = (_array(each.weight) for each in linears)
+        self.bq, self.bk, self.bv, self.bo, self.bg, self.bu, self.bd = (_array(each.bias) for each in linears)
+        self.norm, self.second_norm, self.q_norm, self.k_norm = (_array(n and n.weight) for n in norms)
+        self.eps = float(_eps(norms[0]))
+        self.dim, self.scale = int(attention.head_dim), float(attention.scaling)
+
+    def __call__(
+        self,
+        hidden_states: Float[torch.Tensor, "batch nodes width"],
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> Any:
+        """As the layer's own ``forward``; writes the rows' keys and values to the cache."""
+        known = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        if not self._can(hidden_states, attention_mask, position_embeddings, past_key_values, others):
+            return self.own(hidden_states, **known, past_key_values=past_key_values, **others)
+        assert position_embeddings is not None
+        return self._run(hidden_states, attention_mask, position_embeddings, past_key_values)
+
+    def _can(self, x: torch.Tensor, mask: Any, turns: Any, cache: Any, others: dict[str, Any]) -> bool:
+        batch, nodes, _ = x.shape
+        if batch * nodes > self.most or x.dtype != torch.float32 or x.device.type != "cpu" or cache is None:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(turns, tuple):
+            return False
+        masked = mask.dtype == torch.bool and mask.shape[1] == 1 if isinstance(mask, torch.Tensor) else nodes == 1
+        asked = any(value is not None and name not in IGNORED for name, value in others.items())
+        return masked and not asked and self.config["_attn_implementation_internal"] == "sdpa" and self._untouched()
+
+    def _untouched(self) -> bool:
+        """Whether the parts are still the layer's own, and nobody listens to them."""
+        for siblings, name, part in self.parts:
+            if siblings[name] is not part or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+                return False
+        if [tensor.data_ptr() for tensor in self.tensors] != self.addresses:
+            self._read()
+        return True
+
+    def _run(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, turns: tuple[torch.Tensor, torch.Tensor], cache: Any
+    ) -> torch.Tensor:
+        from specdec.kernels import layer_numba  # compiles or loads: on first use
+
+        batch, nodes, width = hidden.shape
+        x = hidden.reshape(batch * nodes, width).contiguous().numpy()
+        cos, sin, seen, threads = self.shared.read(turns, mask, batch, nodes)
+        q, k, v = (np.empty((len(x), len(w)), np.float32) for w in (self.wq, self.wk, self.wv))
+        layer_numba.before_cache(
+            x, self.norm, self.eps, self.wq, self.wk, self.wv, self.bq, self.bk, self.bv, self.q_norm, self.k_norm,
+            cos, sin, q, k, v, self.dim, threads,
+        )  # fmt: skip
+        new = (torch.from_numpy(a).view(batch, nodes, -1, self.dim).transpose(1, 2) for a in (k, v))
+        keys, values = cache.update(*new, self.attention.layer_idx)
+        y = np.empty_like(x)
+        layer_numba.after_cache(
+            x, q, _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3], tuple(keys.shape), seen,
+            self.scale, self.wo, self.bo, self.second_norm, self.eps, self.wg, self.wu, self.wd, self.bg, self.bu,
+            self.bd, y, threads,
+        )  # fmt: skip
+        return torch.from_numpy(y).view(batch, nodes, width)
+
+
+class Shared:
+    """A pass's rotary embeddings and mask, made ready once for all its layers."""
+
+    def __init__(self) -> None:
+        self._last: Any = (None, None, ())
+
+    def read(
+        self, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, batch: int, nodes: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """cos and sin [batch * nodes, rotated], mask [batch, nodes, slots] or empty, and the number of threads."""
+        last = self._last  # read once: another thread's pass may replace it
+        if last[0] is turns and last[1] is mask:
+            return last[2]  # type: ignore[no-any-return]
+        from specdec.kernels import linear_numba
+
+        threads = torch.get_num_threads()
+        linear_numba.use_threads(threads)
+        cos, sin = (t.expand(batch, nodes, -1).reshape(batch * nodes, -1).contiguous().numpy() for t in turns)
+        seen = np.empty((0, 0, 0), np.bool_) if mask is None else mask[:, 0].contiguous().numpy()
+        ready = cos, sin, seen, threads
+        self._last = turns, mask, ready
+        return ready
+
+
+def fits(layer: Any) -> bool:
+    """Whether a layer has the parts of a ShortLayer, and no others, with float32 weights on the CPU."""
+    from specdec.kernels.tile_numba import LANES
+
+    places = _places(layer)
+    if len(places) < sum(map(len, PARTS.values())) or len(list(layer.modules())) != len(places) + 1:
+        return False
+    parts = {name: parent._modules[name] for parent, name in places}
+    linears = [parts[name] for name in (*PARTS["self_attn"], *PARTS["mlp"][:3])]
+    norms = [part for name, part in parts.items() if name.endswith("norm")]
+    if not all(type(part) is nn.Linear for part in linears) or not all(_eps(part) for part in norms):
+        return False
+    alike = (parts["gate_proj"].bias is None) == (parts["up_proj"].bias is None)
+    tensors = list(layer.parameters())
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    untouched = all("forward" not in vars(module) for module in layer.modules())
+    whole = getattr(layer.self_attn, "head_dim", 1) % LANES == 0 and hasattr(layer.self_attn, "scaling")
+    return alike and plain and untouched and whole and not list(layer.buffers())
+
+
+def _places(layer: Any) -> list[tuple[Any, str]]:
+    """Where each part hangs; parts that are not there are left out."""
+    parents = {name: layer if not name else getattr(layer, name, None) for name in PARTS}
+    places = [(parents[name], part) for name, parts in PARTS.items() for part in parts]
+    places += [(parents["self_attn"], part) for part in NORMS_OF_HEADS]
+    return [(parent, part) for parent, part in places if parent is not None and parent._modules.get(part) is not None]
+
+
+def _eps(norm: Any) -> float:
+    """A small number that only RMSNorm-like parts have."""
+    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray:
+    return NONE if tensor is None else tensor.detach().numpy()
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    """The memory from a tensor's first number to its last."""
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.as_strided((span,), (1,)).numpy()
