@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+METHODS := plain,plain+kernels,auto,auto+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv demo test test-all check bench architectures wheel
+.PHONY: .venv demo test test-all check bench bench-cost architectures wheel
 
 .venv: $(READY)
 
@@ -29,10 +30,17 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/figures.py --check
 
-# For a machine that does nothing else meanwhile; about 20 minutes on two cores.
+# For a machine that does nothing else meanwhile; about 40 minutes on two cores. Rivals that cannot be imported are left
+# out: pip install --no-deps --target DIR economize flashspec, then PYTHONPATH=DIR make bench.
 bench: $(READY)
 	mkdir -p benchmarks/results
-	$(BIN)/specdec bench --max-new-tokens 64 --repeats 1 --json benchmarks/results/demo.json
+	$(BIN)/specdec bench --max-new-tokens 64 --repeats 1 --methods $(METHODS) --json benchmarks/results/demo.json
+	$(BIN)/python benchmarks/figures.py
+
+# What a pass costs beside what reading the weights would take; for a machine that does nothing else meanwhile.
+bench-cost: $(READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
 	$(BIN)/python benchmarks/figures.py
 
 architectures: $(READY)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from specdec.attention import likely
 from specdec.core import DraftTree, Unsupported
-from specdec.model import Form, Model, reaches
+from specdec.costs import Costs
+from specdec.model import Form, Model, compiled, reaches
+from specdec.timing import costs_of
 
-SIZES = (1, 2, 4, 8, 16, 32)
-TIMING_SECONDS = 1.0
 # Where a pass over several tokens may round differently from single ones, as a share of the logits' own spread.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -39,11 +39,13 @@ class Attachment:
 
     Attributes:
         form: how drafts are fed.
-        seconds: time of a pass by nodes fed; empty where nothing can be fed.
+        costs: what passes cost; None where nothing can be fed.
+        why_timed: why pass times saved earlier were not used; empty where nothing is wrong.
     """
 
     form: Form
-    seconds: dict[int, float]
+    costs: Costs | None = None
+    why_timed: str = ""
 
 
 def attach(module: nn.Module) -> Attachment:
@@ -55,14 +57,14 @@ def attach(module: nn.Module) -> Attachment:
         reasons = []
         for form in _forms(module):
             try:
-                seconds = _trial(module, form)
+                costs, why_timed = _trial(module, form)
             except Exception as error:  # any model may refuse a tree in any way: that is the answer sought
                 reasons.append(
                     f"{_name(form)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 )
                 continue
-            return Attachment(_with_reason(form, reasons), seconds)
-    return Attachment(Form("plain", reason="; ".join(reasons) or "no cache that can be taken back"), {})
+            return Attachment(_with_reason(form, reasons), costs, why_timed)
+    return Attachment(Form("plain", reason="; ".join(reasons) or "no cache that can be taken back"))
 
 
 def _devices(module: nn.Module) -> list[torch.device]:
@@ -73,11 +75,15 @@ def _forms(module: nn.Module) -> list[Form]:
     """The forms worth trying, the likeliest first."""
     config: Any = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     attention, known = getattr(config, "_attn_implementation", None), reaches(config)
-    if known is None or attention not in ("sdpa", "eager"):
+    if known is None:
         return [Form("chain")]
     own_mask = [len(known) > 1] if len(known) > 1 else [False, True]
+    ours = "own" if compiled(module) else likely(module, config)
+    switched = [Form("tree", each, attention=ours) for each in own_mask if ours != "own"]
+    if attention not in ("sdpa", "eager"):  # flash attention takes no masks
+        return [*switched, Form("chain")]
     forms = [Form("tree", each, attention == "eager") for each in own_mask]
-    return [*forms, *[Form("tree", form.per_type, not form.additive) for form in forms], Form("chain")]
+    return [*switched, *forms, *[Form("tree", form.per_type, not form.additive) for form in forms], Form("chain")]
 
 
 def _name(form: Form) -> str:
@@ -85,6 +91,7 @@ def _name(form: Form) -> str:
         form.level
         + (" with one mask per layer type" if form.per_type else "")
         + (" added to scores" if form.additive else "")
+        + (f" by {form.attention} of our attention" if form.attention != "own" else "")
     )
 
 
@@ -92,24 +99,24 @@ def _with_reason(form: Form, reasons: list[str]) -> Form:
     reason = "; ".join(reasons) if form.level == "chain" else ""
     if form.level == "chain" and not reason:
         reason = "its layers or attention implementation have no tree form"
-    return Form(form.level, form.per_type, form.additive, reason)
+    return replace(form, reason=reason)
 
 
-def _trial(module: nn.Module, form: Form) -> dict[int, float]:
-    """Raises where the form does not hold; returns the time of a pass by nodes fed."""
+def _trial(module: nn.Module, form: Form) -> tuple[Costs, str]:
+    """Raises where the form does not hold; returns what passes cost, and why saved times were not used."""
     first, kept, second = (FIRST, KEPT, SECOND) if form.level == "tree" else (FIRST_CHAIN, KEPT_CHAIN, SECOND_CHAIN)
     vocab = _vocab(module)
     ids = np.random.default_rng(0).integers(min(3, vocab - 1), vocab, 16)
     prompt, nodes = ids[:7], ids[7:]
     first, second = _spelt(first, nodes), _spelt(second, nodes)
-    seconds: dict[int, float] = {}
+    costs: list[tuple[Costs, str]] = []
 
     def passes(model: Model) -> list[torch.Tensor]:
         logits = [model.forward([first]).logits[0]]
         model.keep([kept])
         logits.append(model.forward([second]).logits[0])
         model.keep([[0]])
-        seconds.update(_timing(model))
+        costs.append(costs_of(model))
         return logits
 
     ours = _generate(module, form, prompt, passes)
@@ -118,7 +125,7 @@ def _trial(module: nn.Module, form: Form) -> dict[int, float]:
         for leaf in path:
             theirs = _forced(module, prompt, before + (second if before else first).tokens[leaf].tolist())
             _compare(rows[leaf], theirs[-len(leaf) :], module)
-    return seconds
+    return costs[0]
 
 
 def _vocab(module: nn.Module) -> int:
@@ -201,24 +208,3 @@ def _compare(ours: torch.Tensor, theirs: torch.Tensor, module: Any) -> None:
     allowed = TOLERANCE.get(module.dtype, 1e-1) * spread
     if not error <= allowed:
         raise Unsupported(f"logits differ by {error:.2g} from plain decoding (allowed {allowed:.2g})")
-
-
-def _timing(model: Model) -> dict[int, float]:
-    """The quicker of two passes of each size, the larger sizes only while there is time."""
-    seconds: dict[int, float] = {}
-    start = time.perf_counter()
-    for size in SIZES:
-        if time.perf_counter() - start > TIMING_SECONDS:
-            break
-        chain = DraftTree.chain(1, [1] * (size - 1), [1.0] * (size - 1), "")
-        seconds[size] = min(_timed(model, chain) for _ in range(2))
-    return seconds
-
-
-def _timed(model: Model, tree: DraftTree) -> float:
-    start = time.perf_counter()
-    logits = model.forward([tree]).logits
-    logits[0, -1, 0].item()  # waits for the device
-    seconds = time.perf_counter() - start
-    model.keep([[0]])
-    return seconds

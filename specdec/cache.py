@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from specdec.kernels.move_rows import move_rows
 
 GROWTH = 256  # spare slots made whenever a buffer must grow
 
@@ -84,17 +86,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         values[:, :, : end - front] = self._values[:, :, front:end]
         self._keys, self._values = keys, values
 
-    def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: dict[int, torch.Tensor]) -> None:
-        """Keep, of the nodes written behind ``base``, each row's path; ``moves`` has its nodes that lie elsewhere.
-
-        ``moves[row]`` holds the last ``m`` nodes of the row's path, from the first that is not where it must end.
-        """
-        for row, nodes in moves.items():
-            source = nodes.to(self.device) + (base[row] - self.offset)
-            stop = base[row] - self.offset + len(paths[row])
-            target = slice(stop - len(nodes), stop)
-            self._keys[row, :, target] = self._keys[row].index_select(1, source)
-            self._values[row, :, target] = self._values[row].index_select(1, source)
+    def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: torch.Tensor | None) -> None:
+        """Keep, of the nodes written behind ``base``, each row's path; ``moves`` has them too, if any is displaced."""
+        if moves is not None:
+            first = torch.tensor(base, device=self.device) - self.offset
+            move_rows(self._keys, self._values, moves.to(self.device), first)
         self.lengths = [length + len(path) for length, path in zip(base, paths, strict=True)]
         self._show()
         self._slide()
@@ -166,7 +162,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the nodes a pass wrote behind the rows' lengths ``base``, keep each row's path and forget the rest."""
-        moves = {row: nodes for row, path in enumerate(paths) if len(nodes := _displaced(path))}
+        moves = _padded(paths) if any(map(_displaced, paths)) else None
         for layer in self.slots:
             if layer.is_initialized:
                 layer.keep(base, paths, moves)
@@ -181,10 +177,15 @@ class SlotCache(Cache):  # type: ignore[misc]
                 _fill(layer, slots)
 
 
-def _displaced(path: Sequence[int]) -> torch.Tensor:
-    """The part of a path, to its end, that is not yet in consecutive slots."""
-    still = next((i for i, node in enumerate(path) if node != i), len(path))
-    return torch.tensor(path[still:], dtype=torch.long)
+def _displaced(path: Sequence[int]) -> bool:
+    """Whether a path's nodes are in other slots than where it must end."""
+    return any(node != i for i, node in enumerate(path))
+
+
+def _padded(paths: Sequence[Sequence[int]]) -> Int[torch.Tensor, "rows length"]:
+    """Paths of several lengths as one tensor, -1 after each one's end."""
+    longest = max(map(len, paths))
+    return torch.tensor([[*path, *[-1] * (longest - len(path))] for path in paths])
 
 
 def _slot_layer(layer: CacheLayerMixin) -> CacheLayerMixin | None:

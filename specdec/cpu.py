@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from specdec.kernels.linear import Impl, linear
+from specdec.kernels.linear import Impl, linear, runs
 from specdec.short_layer import Shared, ShortLayer, fits
 
 ROWS = (16, 32, 64, 128, 256)  # of x, where torch's own product is tried against ours
@@ -74,7 +74,7 @@ def remove(model: nn.Module) -> None:
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
     plain = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-    return [layer for layer in plain if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"]
+    return [layer for layer in plain if runs(layer.weight.detach(), layer.weight.detach())]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from specdec import trees
 from specdec.core import DraftTree
+from specdec.kernels.tree_attention import pack_bits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +113,32 @@ def _within(own: torch.Tensor, other: torch.Tensor, reach: Reach, padding: torch
     if reach.chunk is not None:
         return (own - padding) // reach.chunk == (other - padding) // reach.chunk
     return torch.ones((), dtype=torch.bool, device=own.device)
+
+
+def tree_bits(
+    layout: Layout,
+    lengths: Sequence[int],
+    reach: Reach,
+    offset: int = 0,
+    visible: Bool[torch.Tensor, "rows prompt"] | None = None,
+) -> Int[torch.Tensor, "rows 1 nodes words_and_two"]:
+    """What ``tree_mask`` says, as our attention takes it: in a few words per node, however long the prefix.
+
+    Per node: the bits of those it sees among its ancestors and itself, how many slots hold its row's prefix, and the
+    first of them that it sees. ``visible`` must be padding on the left alone.
+    """
+    rows, nodes = layout.tokens.shape
+    length = torch.tensor(lengths, device=layout.tokens.device)[:, None]
+    padding = _padding(visible, rows, length.device)
+    own = length + layout.depth
+    seen = layout.ancestors & _within(own[:, :, None], own[:, None], reach, padding)
+    first = padding[:, :, 0].expand(-1, nodes)
+    if reach.window is not None:
+        first = torch.maximum(first, own - reach.window + 1)
+    if reach.chunk is not None:
+        first = own - (own - first) % reach.chunk
+    ends = torch.stack([length.expand(-1, nodes), first], -1) - offset
+    return torch.cat([pack_bits(seen), ends.clamp(min=0)], -1)[:, None]
 
 
 def additive(mask: Bool[torch.Tensor, "..."], dtype: torch.dtype) -> Float[torch.Tensor, "..."]:

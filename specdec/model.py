@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal
@@ -14,9 +15,10 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
+from specdec.attention import Attention, switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
-from specdec.masks import Layout, Reach, additive, tree_mask
+from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
 
 Level = Literal["tree", "chain", "plain"]
 OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict")
@@ -33,12 +35,15 @@ class Form:
         per_type: whether it takes one mask per layer type, in a dict, or one for all layers.
         additive: whether masks are added to scores (eager attention) or say True where to attend (sdpa).
         reason: why no higher level.
+        attention: what tree passes go through: the model's "own" attention, or ours, which is handed a "mask" that
+            says True where to attend, or "bits".
     """
 
     level: Level
     per_type: bool = False
     additive: bool = False
     reason: str = ""
+    attention: Attention = "own"
 
 
 def reaches(config: Any) -> dict[str, Reach] | None:
@@ -75,7 +80,7 @@ class Model:
         self.form = form
         self.config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         self.takes_all_logits = "logits_to_keep" in inspect.signature(self.module.forward).parameters
-        self.widths = WIDTHS if _compiled(self.module) else ()
+        self.widths = WIDTHS if compiled(self.module) else ()
 
     def start(
         self,
@@ -135,6 +140,7 @@ class Model:
         self.visible = None if mask is None else mask[:, :-1].bool()
         if self.visible is not None and self.visible.shape[1] != self.lengths[0]:
             raise Unsupported("the cache holds tokens that the attention mask does not show (prompt tuning?)")
+        self.takes_bits = self.form.attention == "bits" and (self.visible is None or _padded_left(self.visible))
         positions = inputs.get("position_ids")
         self.shift = None if positions is None else positions - self.lengths[0]
         self.extras = {name: value for name, value in inputs.items() if name not in (*OURS, *CACHES, "inputs_embeds")}
@@ -174,7 +180,8 @@ class Model:
             inputs["logits_to_keep"] = 0
         if hidden:
             inputs["output_hidden_states"] = True
-        return self.module(**inputs, return_dict=True)
+        with nullcontext() if self._causal(layout) or self.form.attention == "own" else switched(self.config):
+            return self.module(**inputs, return_dict=True)
 
     def _positions(self, layout: Layout, shift: torch.Tensor) -> Int[torch.Tensor, "... rows nodes"]:
         depth = layout.depth
@@ -182,12 +189,15 @@ class Model:
             depth = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
         return shift + torch.tensor(self.lengths, device=depth.device)[:, None] + depth
 
+    def _causal(self, layout: Layout) -> bool:
+        """Whether the model's own causal mask, that of plain generate, is right for a pass."""
+        return self.form.level != "tree" or (layout.tokens.shape[1] == 1 and len(set(self.lengths)) == 1)
+
     def _mask(self, layout: Layout) -> Any:
         rows, nodes = layout.tokens.shape
-        causal = self.form.level != "tree" or (nodes == 1 and len(set(self.lengths)) == 1)
-        if causal and self.visible is None:
-            return None  # as plain generate: the model's own causal mask
-        if causal and self.visible is not None:
+        if self._causal(layout):
+            if self.visible is None:
+                return None
             new = self.visible.new_ones(rows, self.lengths[0] + nodes - self.visible.shape[1])
             return torch.cat([self.visible, new], dim=-1)
         known = reaches(self.config)
@@ -201,6 +211,8 @@ class Model:
         layers = [layer for layer, kind in zip(self.cache.layers, types, strict=False) if kind == name]
         slots = next((layer for layer in layers if isinstance(layer, SlotLayer)), self.cache.slots[0])
         columns, offset = slots.get_mask_sizes(layout.tokens.shape[1])
+        if self.takes_bits:
+            return tree_bits(layout, self.lengths, reach, offset, self.visible)
         mask = tree_mask(layout, self.lengths, reach, columns, offset, self.visible)
         return additive(mask, self.module.dtype) if self.form.additive else mask
 
@@ -239,10 +251,16 @@ class Model:
 ROOT = DraftTree.root(0)
 
 
-def _compiled(module: Any) -> bool:
+def compiled(module: Any) -> bool:
+    """Whether a module's passes run compiled by torch."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
         module.forward, "_torchdynamo_orig_callable"
     )
+
+
+def _padded_left(visible: torch.Tensor) -> bool:
+    """Whether what is hidden of each row stands before all that is not."""
+    return bool((visible.long().cummax(-1).values == visible).all())
 
 
 def _kinds(cache: Any) -> str:

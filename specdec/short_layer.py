@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
+from torch.nn import functional
 
 PARTS = {
     "": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
@@ -16,7 +19,9 @@ PARTS = {
 }
 NORMS_OF_HEADS = ("q_norm", "k_norm")
 IGNORED = ("position_ids", "use_cache", "cache_position")  # arguments that say nothing which is not said otherwise
+TAKEN = ("sdpa", "specdec")  # attention implementations whose masks say True where to attend
 NONE = np.empty(0, np.float32)
+RECORDING = "transformers.utils.output_capturing"  # its hooks stay for good, and take nothing from sdpa's attention
 
 
 class ShortLayer:
@@ -37,7 +42,6 @@ class ShortLayer:
         self.layer, self.most, self.shared = layer, most, shared
         self.own = type(layer).forward.__get__(layer)
         self.attention: Any = layer.self_attn
-        self.config = vars(self.attention.config)  # looking an attribute up there runs code
         self.parts = [(parent._modules, name, parent._modules[name]) for parent, name in _places(layer)]
         self._read()
 
@@ -48,45 +52,59 @@ class ShortLayer:
         linears += [getattr(mlp, name) for name in PARTS["mlp"][:3]]
         norms = [self.layer.input_layernorm, self.layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in NORMS_OF_HEADS]
-        self.tensors = [each.weight for each in (*linears, *norms) if each is not None]
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        own = [each._parameters for each in (*linears, *norms) if each is not None]
+        self.held = [(parameters, name) for parameters in own for name in parameters if parameters[name] is not None]
+        self.addresses = [parameters[name].data_ptr() for parameters, name in self.held]
         self.wq, self.wk, self.wv, self.wo, self.wg, self.wu, self.wd = (_array(each.weight) for each in linears)
         self.bq, self.bk, self.bv, self.bo, self.bg, self.bu, self.bd = (_array(each.bias) for each in linears)
         self.norm, self.second_norm, self.q_norm, self.k_norm = (_array(n and n.weight) for n in norms)
         self.eps = float(_eps(norms[0]))
         self.dim, self.scale = int(attention.head_dim), float(attention.scaling)
 
-    def __call__(
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the numbers: a copy has its own, and looks at them when it is first called."""
+        state = {name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
+        return {**state, "addresses": []}
+
+    def __call__(self, hidden_states: Float[torch.Tensor, "batch nodes width"], *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own ``forward``; writes the rows' keys and values to the cache."""
+        if args or not self._can(hidden_states, **kwargs):
+            return self.own(hidden_states, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        return self._run(hidden_states, mask, kwargs["position_embeddings"], kwargs["past_key_values"])
+
+    def _can(
         self,
-        hidden_states: Float[torch.Tensor, "batch nodes width"],
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        x: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: Any = None,
         past_key_values: Any = None,
         **others: Any,
-    ) -> Any:
-        """As the layer's own ``forward``; writes the rows' keys and values to the cache."""
-        known = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
-        if not self._can(hidden_states, attention_mask, position_embeddings, past_key_values, others):
-            return self.own(hidden_states, **known, past_key_values=past_key_values, **others)
-        assert position_embeddings is not None
-        return self._run(hidden_states, attention_mask, position_embeddings, past_key_values)
-
-    def _can(self, x: torch.Tensor, mask: Any, turns: Any, cache: Any, others: dict[str, Any]) -> bool:
+    ) -> bool:
+        mask, turns, cache = attention_mask, position_embeddings, past_key_values
         batch, nodes, _ = x.shape
         if batch * nodes > self.most or x.dtype != torch.float32 or x.device.type != "cpu" or cache is None:
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(turns, tuple):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if self.layer.training or not isinstance(turns, tuple):
             return False
         masked = mask.dtype == torch.bool and mask.shape[1] == 1 if isinstance(mask, torch.Tensor) else nodes == 1
         asked = any(value is not None and name not in IGNORED for name, value in others.items())
-        return masked and not asked and self.config["_attn_implementation_internal"] == "sdpa" and self._untouched()
+        # looking the attribute itself up there runs code
+        taken = vars(self.attention.config)["_attn_implementation_internal"] in TAKEN
+        return masked and not asked and taken and self._untouched()
 
     def _untouched(self) -> bool:
         """Whether the parts are still the layer's own, and nobody listens to them."""
         for siblings, name, part in self.parts:
-            if siblings[name] is not part or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            if siblings[name] is not part or part._forward_pre_hooks or "forward" in vars(part):
                 return False
-        if [tensor.data_ptr() for tensor in self.tensors] != self.addresses:
+            if part._forward_hooks and any(hook.__module__ != RECORDING for hook in part._forward_hooks.values()):
+                return False
+        if [parameters[name].data_ptr() for parameters, name in self.held] != self.addresses:
+            if not all(_plain(parameters[name]) for parameters, name in self.held):
+                return False
             self._read()
         return True
 
@@ -105,6 +123,7 @@ class ShortLayer:
         )  # fmt: skip
         new = (torch.from_numpy(a).view(batch, nodes, -1, self.dim).transpose(1, 2) for a in (k, v))
         keys, values = cache.update(*new, self.attention.layer_idx)
+        assert not len(seen) or seen.shape[2] == keys.shape[2], "a mask has a column for each of the cache's slots"
         y = np.empty_like(x)
         layer_numba.after_cache(
             x, q, _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3], tuple(keys.shape), seen,
@@ -132,7 +151,9 @@ class Shared:
         threads = torch.get_num_threads()
         linear_numba.use_threads(threads)
         cos, sin = (t.expand(batch, nodes, -1).reshape(batch * nodes, -1).contiguous().numpy() for t in turns)
-        seen = np.empty((0, 0, 0), np.bool_) if mask is None else mask[:, 0].contiguous().numpy()
+        seen = (
+            np.empty((0, 0, 0), np.bool_) if mask is None else mask[:, 0].expand(batch, nodes, -1).contiguous().numpy()
+        )
         ready = cos, sin, seen, threads
         self._last = turns, mask, ready
         return ready
@@ -140,27 +161,53 @@ class Shared:
 
 def fits(layer: Any) -> bool:
     """Whether a layer has the parts of a ShortLayer, and no others, with float32 weights on the CPU."""
-    from specdec.kernels.tile_numba import LANES
-
     places = _places(layer)
     if len(places) < sum(map(len, PARTS.values())) or len(list(layer.modules())) != len(places) + 1:
         return False
     parts = {name: parent._modules[name] for parent, name in places}
     linears = [parts[name] for name in (*PARTS["self_attn"], *PARTS["mlp"][:3])]
     norms = [part for name, part in parts.items() if name.endswith("norm")]
-    if not all(type(part) is nn.Linear for part in linears) or not all(_eps(part) for part in norms):
+    if not all(type(part) is nn.Linear for part in linears) or not all("weight" in part._parameters for part in norms):
         return False
-    alike = (parts["gate_proj"].bias is None) == (parts["up_proj"].bias is None)
-    tensors = list(layer.parameters())
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    owned = {id(tensor) for part in (*linears, *norms) for tensor in part._parameters.values()}
+    plain = all(_plain(tensor) and id(tensor) in owned for tensor in layer.parameters())
     untouched = all("forward" not in vars(module) for module in layer.modules())
-    whole = getattr(layer.self_attn, "head_dim", 1) % LANES == 0 and hasattr(layer.self_attn, "scaling")
-    return alike and plain and untouched and whole and not list(layer.buffers())
+    alike = len({_eps(part) for part in norms}) == 1 and _eps(norms[0]) > 0
+    return plain and untouched and alike and not list(layer.buffers()) and _shaped(parts) and _gates(parts["act_fn"])
+
+
+def _shaped(parts: dict[str, Any]) -> bool:
+    """Whether heads and widths are such as the kernels take for granted."""
+    from specdec.kernels.tile_numba import LANES
+
+    attention, names = parts["self_attn"], ("head_dim", "scaling", "config", "layer_idx")
+    if not all(hasattr(attention, name) for name in names) or attention.head_dim % LANES:
+        return False
+    if "position_ids" in inspect.signature(type(attention).forward).parameters:  # scores that depend on them
+        return False
+    q, k, v, o, g, u, d = (tuple(parts[name].weight.shape) for name in (*PARTS["self_attn"], *PARTS["mlp"][:3]))
+    heads = k[0] % attention.head_dim == 0 and q[0] % k[0] == 0
+    norms = all(parts[name].weight.shape == (attention.head_dim,) for name in NORMS_OF_HEADS if name in parts)
+    alike = (parts["gate_proj"].bias is None) == (parts["up_proj"].bias is None)
+    return alike and heads and norms and k == v and g == u and o == q[::-1] and d == g[::-1] and g[1] == q[1] == k[1]
+
+
+def _gates(act: nn.Module) -> bool:
+    """Whether it is SiLU."""
+    x = torch.linspace(-9, 9, 99)
+    with torch.no_grad():
+        return torch.allclose(act(x), functional.silu(x), atol=1e-6)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether it is float32 numbers in a row on the CPU; a quantised tensor only says so."""
+    kind = type(tensor) is nn.Parameter and type(tensor.data) is torch.Tensor and tensor.dtype == torch.float32
+    return kind and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _places(layer: Any) -> list[tuple[Any, str]]:
     """Where each part hangs; parts that are not there are left out."""
-    parents = {name: layer if not name else getattr(layer, name, None) for name in PARTS}
+    parents = {name: layer._modules.get(name) if name else layer for name in PARTS}
     places = [(parents[name], part) for name, parts in PARTS.items() for part in parts]
     places += [(parents["self_attn"], part) for part in NORMS_OF_HEADS]
     return [(parent, part) for parent, part in places if parent is not None and parent._modules.get(part) is not None]
@@ -172,7 +219,11 @@ def _eps(norm: Any) -> float:
 
 
 def _array(tensor: torch.Tensor | None) -> np.ndarray:
-    return NONE if tensor is None else tensor.detach().numpy()
+    """Its numbers where they lie, without keeping them alive once the model has others."""
+    if tensor is None:
+        return NONE
+    numbers = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
+    return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:

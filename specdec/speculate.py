@@ -27,13 +27,14 @@ from specdec.verifiers import PathwiseVerifier
 
 PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
 PROMPT_LOGITS_ROWS = 32
+CORPUS = "retrieval:"
 
 
 class Speculate:
     """A decoding loop for ``model.generate(..., custom_generate=Speculate())``.
 
     Args:
-        drafter: a Drafter, or "auto", "ngram", "recycling".
+        drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", or "retrieval:" and an index.
         policy: a Policy, or "auto": the tree size that measured passes say gives most tokens per second.
         verifier: a PathwiseVerifier, or "pathwise".
         on_unsupported: what to do where speculation cannot give plain ``generate``'s result: "fallback" runs the
@@ -133,6 +134,8 @@ class Speculate:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats)
+        if attachment.costs is not None:
+            attachment.costs.keep()
         return self._output(input_ids, generation_config, sampler, target, stats)
 
     def _decode(
@@ -164,11 +167,13 @@ class Speculate:
         known = self._attached.get(model)
         if known is None or known[0] != attention:
             found = attach(model)
-            policy = ThroughputPolicy(found.seconds) if isinstance(self.policy, str) else self.policy
+            policy = ThroughputPolicy(found.costs) if isinstance(self.policy, str) else self.policy
             known = self._attached[model] = attention, found, policy
             self.stats.level = found.form.level
             if found.form.level == "chain":
                 self.stats.reason(f"{type(model).__name__} takes drafts as chains only: {found.form.reason}")
+            if found.why_timed:
+                self.stats.reason(found.why_timed)
         return known[1:]
 
     def _contexts(self, input_ids: torch.Tensor, target: Model) -> tuple[list[Context], list[int]]:
@@ -242,15 +247,29 @@ def make_drafter(drafter: Drafter | str) -> Drafter:
         if not callable(getattr(drafter, "draft", None)):
             raise TypeError(f"drafter: got {drafter!r}; give an object with draft(contexts, budgets), or a name")
         return drafter
+    if drafter.startswith(CORPUS):
+        return drafters.RetrievalDrafter(drafter.removeprefix(CORPUS))
     names: dict[str, Any] = {
-        "auto": lambda: drafters.MergedDrafter([drafters.NgramDrafter(), drafters.RecyclingDrafter()]),
-        "ngram": lambda: drafters.NgramDrafter(),
-        "recycling": lambda: drafters.RecyclingDrafter(),
+        "auto": _auto,
+        "ngram": drafters.NgramDrafter,
+        "suffix": drafters.SuffixDrafter,
+        "lookahead": drafters.LookaheadDrafter,
+        "recycling": drafters.RecyclingDrafter,
     }
     if drafter not in names:
-        raise ValueError(f"drafter={drafter!r}: known names are {', '.join(names)}; or give a Drafter")
+        raise ValueError(f"drafter={drafter!r}: known names are {', '.join(names)}, {CORPUS}PATH; or give a Drafter")
     made: Drafter = names[drafter]()
     return made
+
+
+def _auto() -> Drafter:
+    """All that learn from text alone, and the target's candidates. The policy cuts trees, so these may be large."""
+    from specdec import drafters
+
+    suffix = drafters.SuffixDrafter(factor=4.0, min_probability=0.02)
+    return drafters.MergedDrafter(
+        [drafters.NgramDrafter(), suffix, drafters.LookaheadDrafter(), drafters.RecyclingDrafter()]
+    )
 
 
 def _checked_policy(policy: Policy | str) -> Policy | str:

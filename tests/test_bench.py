@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.bench import methods, report, run, workloads
+from specdec.bench import methods, report, rivals, run, workloads
 from specdec.bench.measure import Run, Stopwatch, bootstrap, first_difference, logit_margin, measure
-from specdec.bench.methods import Method, prepare
+from specdec.bench.methods import Method, RivalError, prepare
 from specdec.bench.run import Ask, Comparison
+from specdec.tally import read_cost
 
 ROOT = Path(__file__).parent.parent
 RESULT_KEYS = {
@@ -158,6 +160,17 @@ def test_figures_are_those_of_the_runs():
     assert twice["tokens_per_step"] == pytest.approx(11 / 5)
     assert twice["speedup_with_prefill"] == pytest.approx(21 / 7)
     assert (twice["speedup_low"], twice["speedup_high"]) == (2.0, 5.0)
+    over, itself = report.results(comparison, "twice")
+    assert (over["baseline"], over["speedup"], over["tokens_per_second"]) == ("twice", 0.25, plain["tokens_per_second"])
+    assert itself["speedup"] == 1.0
+
+
+def test_no_speed_over_a_baseline_whose_tokens_differ(model, liar):
+    comparison = Comparison(model, ASKS, ["liar", "honest"], 8)
+    comparison.check()
+    comparison.time(1)
+    assert all(r["speedup"] is None for r in report.results(comparison, "liar"))
+    assert any(r["speedup"] for r in report.results(comparison, "honest"))
 
 
 def test_answers_of_one_token_have_no_decoding_speed(model):
@@ -200,9 +213,76 @@ def test_our_methods_are_equal_and_counted(model, name):
     assert not any("forward" in vars(layer) for layer in model.modules())  # kernels are there only while it generates
 
 
+def test_a_draft_model_of_the_targets_first_layers(model):
+    cut = rivals.first_layers(model, 1)
+    ids = torch.tensor([ASKS[0].ids])
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[1]
+        expected = model.lm_head(model.model.norm(states))
+        torch.testing.assert_close(cut(ids).logits, expected)
+    assert cut.lm_head is model.lm_head
+    assert (len(model.model.layers), model.config.num_hidden_layers) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["assisted", "economize", "flashspec", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+def test_rivals_have_plain_generates_tokens(model, name):
+    if name in ("economize", "flashspec"):
+        pytest.importorskip(name)
+    method = prepare(model, name)
+    plain = measure(prepare(model, "plain"), ASKS[0].ids, 24)
+    for _ in range(2):
+        got = measure(method, ASKS[0].ids, 24)
+        assert (got.tokens, 0 < got.decoded < 24) == (plain.tokens, True)
+        assert got.passes <= 24
+
+
+def test_a_draft_model_from_a_directory(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    got = measure(prepare(model, methods.known(f"assisted:{tmp_path}")), ASKS[0].ids, 24)
+    assert got.tokens == measure(prepare(model, "plain"), ASKS[0].ids, 24).tokens
+    assert got.passes < 24  # it guesses what the target says
+
+
+def test_a_rival_that_is_not_installed_is_told_and_left_out(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "economize", None)
+    comparison = Comparison(model, ASKS, ["economize", "prompt-lookup"], 8)
+    comparison.check()
+    comparison.time(1)
+    assert list(comparison.unavailable) == ["economize"]
+    assert "not installed" in comparison.unavailable["economize"]
+    assert {r["method"] for r in report.results(comparison)} == {"plain", "prompt-lookup"}
+
+
+def test_a_rival_that_fails_on_some_prompt_is_left_out(model, monkeypatch):
+    class Fails:
+        device = model.device
+
+        def generate(self, ids, **arguments):
+            if ids.shape[1] == len(ASKS[2].ids):
+                raise RuntimeError("no compiler\nand more")
+            return model.generate(ids, **arguments)
+
+    monkeypatch.setattr(rivals, "compiled", lambda view: (Fails(), {}))
+    comparison = Comparison(model, ASKS, ["compiled"], 8)
+    comparison.check()
+    comparison.time(1)
+    assert comparison.unavailable == {"compiled": "on sql (prompt 2): RuntimeError: no compiler"}
+    assert {r["method"] for r in report.results(comparison)} == {"plain"}
+
+
+def test_our_own_errors_are_not_a_rivals(model):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        measure(prepare(model, "auto"), ASKS[0].ids, -1)
+    with pytest.raises(RivalError, match="max_new_tokens"):
+        measure(prepare(model, "prompt-lookup"), ASKS[0].ids, -1)
+
+
 def test_unknown_methods_are_refused():
-    assert [methods.known(name) for name in ("plain", "fixed:64")] == ["plain", "fixed:64"]
-    for name in ("fast", "fixed", "fixed:", "fixed:-1", "ngram:4"):
+    names = ["plain", "fixed:64", "assisted", "assisted:some/where", "compiled", "economize+kernels"]
+    assert [methods.known(name) for name in names] == names
+    for name in ("assistant", "compiled:", "fast", "fixed", "fixed:", "fixed:-1", "ngram:4"):
         with pytest.raises(ValueError, match="no method named"):
             methods.known(name)
 
@@ -289,12 +369,16 @@ def test_first_of_each_keeps_the_order():
     assert workloads.first_of_each(ASKS, 2) == ASKS
 
 
-@pytest.fixture(scope="module")
-def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return script("figures")
 
 
 def test_the_readme_shows_what_was_measured(model, liar, figures, tmp_path):
@@ -303,7 +387,8 @@ def test_the_readme_shows_what_was_measured(model, liar, figures, tmp_path):
     comparison.time(1)
     written = {
         "machine": report.machine(model, "tiny"), "max_new_tokens": 8, "repeats": 1,
-        "results": report.results(comparison), "differences": [str(d) for d in comparison.differences],
+        "results": report.results(comparison), "unavailable": {"flashspec": "not installed"},
+        "differences": [str(d) for d in comparison.differences],
         "overhead": {"drafter": "recycling", "nodes": 64, "pass_ms": 10.0, "outside_ms": 0.25, "ratio": 0.025},
     }  # fmt: skip
     (tmp_path / "tiny.json").write_text(json.dumps(written))
@@ -315,12 +400,71 @@ def test_the_readme_shows_what_was_measured(model, liar, figures, tmp_path):
     assert "tokens differ" in row
     assert "token 3 is" in text
     assert "2.5% of the pass's 10.0 ms" in text
+    assert "| workload | honest |" in figures.figures(tmp_path, ["honest"])
+    assert "flashspec" not in text
+    assert "`flashspec` did not run: not installed." in figures.figures(tmp_path, against=True)
+
+
+def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
+    cell = {"workload": "sql", "equal": True, "tokens_per_step": 2.0, "speedup_low": None, "speedup_high": None}
+    plain = [cell | {"method": name, "baseline": "plain", "speedup": 3.0} for name in ("plain", "plain+kernels")]
+    over = [cell | {"method": name, "baseline": "plain+kernels", "speedup": 1.5} for name in ("auto", "auto+kernels")]
+    machine = {"model": "m", "parameters": 1, "dtype": "d", "attention": "a", "device": "c", "threads": 1}
+    written = {
+        "machine": machine | {"torch": "1", "transformers": "2"}, "max_new_tokens": 8, "repeats": 1, "results": plain,
+        "against": over, "differences": [],
+        "overhead": {"drafter": "recycling", "nodes": 64, "pass_ms": 10.0, "outside_ms": 0.25, "ratio": 0.025},
+    }  # fmt: skip
+    (tmp_path / "some.json").write_text(json.dumps(written))
+    text = figures.figures(tmp_path, against=True)
+    assert "| workload | plain+kernels |" in text
+    assert "The same runs with `plain+kernels`" in text
+    assert "| workload | auto+kernels |\n|---|---|\n| sql | 1.50x / 2.00 |" in text
+    assert "1.50x" not in figures.figures(tmp_path)
+
+
+def test_what_a_pass_costs(model, figures, tmp_path, monkeypatch, capsys):
+    cost = script("cost")
+    model.save_pretrained(tmp_path / "model")
+    for name, value in {"NODES": (1, 4, 8, 16), "CONTEXTS": (256, 1024), "READ": 1 << 20, "COLD": 1 << 12}.items():
+        monkeypatch.setattr(cost, name, value)
+    monkeypatch.setattr(
+        sys, "argv", ["cost", "--model", str(tmp_path / "model"), "--json", str(tmp_path / "cost.json")]
+    )
+    cost.main()
+    seconds = read_cost(tmp_path / "cost.json", 16)
+    written = json.loads((tmp_path / "cost.json").read_text())
+    pick = {(r["context"], r["nodes"]): r for r in written["passes"]}
+    assert seconds == {n: pick[1024, n]["ours"] for n in (1, 4, 8, 16)}
+    embeddings = model.get_input_embeddings().weight
+    assert written["weight_bytes"] == sum(p.nbytes for p in model.parameters()) - embeddings.nbytes
+    assert written["limit"] == written["weight_bytes"] / written["bandwidth"] > 0
+    assert {(p["outputs"], p["inputs"]) for p in written["products"]} == {(32, 32), (16, 32), (64, 32), (32, 64)}
+    text = figures.costs(tmp_path)
+    one, four = (pick[256, n]["ours"] for n in (1, 4))
+    assert f"{1e3 * four:.1f} / {written['limit'] / four:.0%} / {four / one:.2f}" in text
+    assert f"| ours | {one / written['limit']:.2f} | {four / one:.2f} |" in text
+    assert "context 1024 nodes 16 plain " in capsys.readouterr().out
+
+
+def test_a_made_up_text_leaves_the_model_as_it_was(model):
+    cost = script("cost")
+    hold = cost.held(model, cost.attach.attach(model).form, 40)
+    assert (hold.lengths, hold.cache.lengths) == ([40], [40])
+    tree = cost.DraftTree.root(3)
+    assert set(cost.in_turns({"plain": hold, "ours": hold}, {model.lm_head: model.lm_head.forward}, tree, 1)) == {
+        "plain", "ours",
+    }  # fmt: skip
+    assert hold.cache.lengths == [40]
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_figures_go_between_the_markers(figures, tmp_path):
-    text = f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n"
-    assert figures.replaced(text, "new") == f"before\n{figures.BEGIN}\n\nnew\n\n{figures.END}\nafter\n"
-    assert figures.replaced(figures.replaced(text, "new"), "new") == figures.replaced(text, "new")
+    begin, end = "<!-- speeds: written by benchmarks/figures.py -->", "<!-- end of speeds -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = figures.replaced(text, "speeds", "new")
+    assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    assert figures.replaced(once, "speeds", "new") == once
     assert figures.figures(tmp_path) == "not measured yet"
     with pytest.raises(ValueError, match="unpack"):
-        figures.replaced("no markers", "new")
+        figures.replaced("no markers", "speeds", "new")

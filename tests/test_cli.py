@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ import specdec
 from specdec import cli, demo
 from specdec.bench import run, workloads
 from specdec.bench.methods import Method, prepare
+from specdec.commands import console
 from specdec.printer import Printer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}: "
@@ -98,7 +101,7 @@ def test_generate_uses_the_chat_template_where_there_is_one(tiny, tmp_path):
 
 
 def test_on_a_terminal_tokens_have_their_drafters_colours(tiny, monkeypatch):
-    monkeypatch.setattr(cli, "output", cli.Console(force_terminal=True, color_system="standard"))
+    monkeypatch.setattr(console, "output", Console(force_terminal=True, color_system="standard"))
     arguments = ("generate", "abcabcab", "--model", tiny, "--max-new-tokens", 40)
     result = invoke(*arguments)
     assert "\x1b[32m" in result.stdout
@@ -117,10 +120,10 @@ class Bytes:
 
 
 def test_each_token_has_its_own_drafters_colour_and_characters_come_whole():
-    console = cli.Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
     text, guessed = "a\n\tbé\fc\n", ["", "", "one", "two", "", "one", "", "two", "one"]
     stats = specdec.Stats()
-    printer = Printer(console, Bytes(), stats)
+    printer = Printer(terminal, Bytes(), stats)
     printer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     stats.sources = [[]]
     for token, source in zip(text.encode(), guessed, strict=True):
@@ -139,7 +142,7 @@ def test_each_token_has_its_own_drafters_colour_and_characters_come_whole():
         f"{green}\n{end}",
         "\n",
     ]
-    assert console.file.getvalue() == "".join(pieces)
+    assert terminal.file.getvalue() == "".join(pieces)
     assert printer.legend().plain == "target 44%  one 33%  two 22%"
 
 
@@ -195,6 +198,20 @@ def test_generate_tells_mistakes_in_a_line(tiny, arguments, said):
     assert said in result.stderr
 
 
+def test_index_build_makes_an_index_of_a_corpus(tiny, tmp_path):
+    pytest.importorskip("pydivsufsort", reason="sorts the suffixes")
+    text, rows, out = tmp_path / "text.txt", tmp_path / "rows.jsonl", tmp_path / "index"
+    text.write_text("abab")
+    rows.write_text('{"text": "abc"}\n{"text": "xy"}\n')
+    arguments = ("index", "build", text, rows, "--tokenizer", tiny, "--out", out)
+    assert f"{out}: 3 documents, 9 tokens" in invoke(*arguments).stdout.replace("\n", "")
+    corpus = importlib.import_module("specdec.drafters.corpus").Corpus.open(out)
+    assert (corpus.documents, len(corpus.suffixes)) == (3, 9)
+    again = invoke(*arguments)
+    assert (again.exit_code, again.stderr.startswith("error: ")) == (1, True)
+    assert "exists" in again.stderr
+
+
 def test_demo_path_is_the_last_line(tiny, monkeypatch):
     monkeypatch.setattr(demo, "demo_path", lambda: demo.Path(tiny))
     assert invoke("demo", "--path").stdout.splitlines()[-1] == tiny
@@ -242,4 +259,4 @@ def test_version_and_help_answer_at_once():
     start = time.perf_counter()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "[]\n", f"heavy imports at start-up, {time.perf_counter() - start:.1f} s"
-    assert {"generate", "bench", "demo"} <= set(invoke("--help").stdout.split())
+    assert {"generate", "bench", "replay", "index", "demo"} <= set(invoke("--help").stdout.split())

@@ -7,6 +7,7 @@ from specdec import trees
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.drafters import MergedDrafter, NgramDrafter, RecyclingDrafter
 from specdec.drafters.merged import FAULTS_KEPT
+from tests.simulation import Clock, Paced
 
 WIDE = Budget(nodes=64, depth=8, width=8)
 
@@ -120,7 +121,7 @@ def test_the_budget_keeps_the_likeliest(budget):
 def test_who_promises_too_much_is_found_out():
     boaster = Fixed("boaster", {(1,): 0.9, (1, 1): 0.8, (1, 1, 1): 0.7})
     honest = Fixed("honest", {(2,): 0.3, (2, 2): 0.1})
-    drafter, rng = MergedDrafter([boaster, honest]), np.random.default_rng(0)
+    drafter, rng = MergedDrafter([boaster, honest], clock=lambda: 0.0), np.random.default_rng(0)
     one = Budget(1, 8, 8)
     assert draft(drafter, budget=one).source[1] == "boaster"
     play(drafter, lambda: [2 if rng.random() < 0.5 else 9] * 3, 100)
@@ -134,7 +135,7 @@ def test_who_promises_too_much_is_found_out():
 
 def test_depths_are_told_apart():
     part = Fixed("a", {(1,): 0.5, (1, 1): 0.25, (1, 1, 1): 0.125})
-    drafter = MergedDrafter([part])
+    drafter = MergedDrafter([part], clock=lambda: 0.0)
     play(drafter, lambda: [1, 9, 9], 100)
     found = paths_of(draft(drafter))
     assert found[(1,)][0] > 0.9
@@ -153,7 +154,7 @@ def test_what_several_agree_on_is_likelier():
             return super().draft(contexts, budgets)
 
     coming = [5, 5]
-    drafter = MergedDrafter([Noisy("a", {}), Noisy("b", {})])
+    drafter = MergedDrafter([Noisy("a", {}), Noisy("b", {})], clock=lambda: 0.0)
     drafted = play(drafter, lambda: coming, 400)[200:]
     agreed = [float(tree.probability[1]) for tree in drafted if len(tree) == 2]
     disputed = [float(tree.probability[1]) for tree in drafted if len(tree) == 3]
@@ -255,7 +256,82 @@ class Noise:
 
 def test_together_they_guess_no_worse_than_the_best_alone():
     budget = Budget(12, 6, 4)
-    make = [NgramDrafter, RecyclingDrafter, lambda: MergedDrafter([NgramDrafter(), RecyclingDrafter()])]
+    make = [NgramDrafter, RecyclingDrafter, lambda: MergedDrafter([NgramDrafter(), RecyclingDrafter()], lambda: 0.0)]
     ngram, recycling, merged = (Noise(seed=2).play(each(), 400, budget) for each in make)
     assert merged > 0.97 * max(ngram, recycling)
     assert merged > 2
+
+
+class Asked(Fixed):
+    """Counts what it is asked."""
+
+    def __init__(self, name, paths):
+        super().__init__(name, paths)
+        self.asked = self.told = 0
+
+    def draft(self, contexts, budgets):
+        wanted = any(budget.nodes for budget in budgets)
+        self.asked, self.told = self.asked + wanted, self.told + (not wanted)
+        drafted = super().draft(contexts, budgets)
+        return drafted if wanted else [DraftTree.root(int(context.tokens[-1])) for context in contexts]
+
+
+def payments(*parts, steps=1000, truth=(1, 9), step=0.1):
+    """How often each part is asked, of ``steps`` of ``step`` seconds, where (part, seconds of its call) are given."""
+    clock = Clock()
+    drafter = MergedDrafter([Paced(part, clock, seconds) for part, seconds in parts], clock)
+
+    def passes():
+        clock.now += step
+        return list(truth)
+
+    play(drafter, passes, steps)
+    assert all(part.asked + part.told == steps for part, _ in parts), "a part not asked is told to catch up"
+    return [part.asked / steps for part, _ in parts]
+
+
+def test_a_part_that_does_not_pay_is_asked_seldom_and_again_and_again():
+    right, wrong = Asked("right", {(1,): 0.5}), Asked("wrong", {(2,): 0.9})
+    assert payments((right, 0.001), (wrong, 0.02)) == [1.0, pytest.approx(0.035, abs=0.02)]
+
+
+def test_a_part_that_costs_next_to_nothing_need_not_pay():
+    assert payments((Asked("wrong", {(2,): 0.9}), 0.0001)) == [1.0]
+
+
+def test_a_part_pays_by_what_no_cheaper_one_guesses():
+    cheap, dear = Asked("cheap", {(1,): 0.5}), Asked("dear", {(1,): 0.5})
+    assert payments((dear, 0.02), (cheap, 0.001)) == [pytest.approx(0.035, abs=0.02), 1.0]
+    deeper = Asked("deeper", {(1,): 0.5, (1, 5): 0.4})
+    assert payments((deeper, 0.02), (Asked("cheap", {(1,): 0.5}), 0.001), truth=(1, 5, 9)) == [1.0, 1.0]
+
+
+def test_a_dear_part_that_pays_is_asked_every_time():
+    assert payments((Asked("dear", {(1,): 0.5, (1, 5): 0.4}), 0.03), truth=(1, 5, 9)) == [1.0]
+
+
+def test_a_part_that_comes_to_pay_is_found():
+    part = Asked("late", {(2,): 0.9})
+    clock = Clock()
+    drafter = MergedDrafter([Paced(part, clock, 0.02)], clock)
+
+    def passes(token):
+        clock.now += 0.1
+        return [token, 9]
+
+    play(drafter, lambda: passes(1), 300)
+    before = part.asked
+    play(drafter, lambda: passes(2), 300)
+    assert before < 60
+    assert part.asked - before > 200
+
+
+def test_where_nothing_is_wanted_parts_only_catch_up_and_owe_nothing():
+    part = Asked("part", {(2,): 0.9})
+    clock = Clock()
+    drafter = MergedDrafter([Paced(part, clock, 1.0)], clock)
+    trees_drafted = play(drafter, lambda: [1, 1], 50, budget=Budget(0, 0, 0))
+    assert {len(tree) for tree in trees_drafted} == {1}
+    assert (part.asked, part.told) == (0, 50)
+    play(drafter, lambda: [1, 1], 1)
+    assert part.asked == 1

@@ -20,7 +20,7 @@ class Run:
 
     Attributes:
         tokens: the generated ids.
-        passes: the target's passes, the prompt's included.
+        passes: the target's passes, the prompt's included; 0 where they cannot be counted.
         prefill: seconds until the first tokens came, the prompt's pass included.
         decode: seconds from the first tokens to the last.
         decoded: tokens that came in ``decode``: all but those that came first.
@@ -51,6 +51,8 @@ class Stopwatch:
         if self._prompt_seen:
             self.times.append(time.perf_counter())
             self.counts.append(value.numel())
+        else:
+            self.times = [time.perf_counter()]  # what was done to the model before is not the prompt's
         self._prompt_seen = True
 
     def end(self) -> None:
@@ -71,10 +73,10 @@ def measure(method: Method, ids: Sequence[int], max_new_tokens: int) -> Run:
     )
     passes = specdec.stats(method.model).steps - before if method.wrapped else 0
     start, first, last = watch.times[0], watch.times[1], watch.times[-1]
-    # Without stats each pass hands over its tokens in one call, so calls are passes.
-    return Run(
-        output[0, len(ids) :].tolist(), passes or len(watch.counts), first - start, last - first, sum(watch.counts[1:])
-    )
+    tokens = output[0, len(ids) :].tolist()
+    if method.by_step and not method.wrapped:
+        passes = len(watch.counts)
+    return Run(tokens, passes, first - start, last - first, len(tokens) - watch.counts[0])
 
 
 @dataclass(frozen=True, slots=True)

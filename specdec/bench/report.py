@@ -24,33 +24,38 @@ from specdec.policies import FixedPolicy
 ALL = "all"
 
 
-def results(comparison: Comparison) -> list[dict[str, Any]]:
-    """One record per method and workload, and per method over all; no speed where any token differed."""
+def results(comparison: Comparison, baseline: str = BASELINE) -> list[dict[str, Any]]:
+    """One record per method and workload, and per method over all; no speed where any token differed.
+
+    Speedups are over the method ``baseline``, and null where its tokens differed. Rivals that do not run are left out.
+    """
     workloads = list(dict.fromkeys(ask.workload for ask in comparison.asks))
     groups = workloads if len(workloads) == 1 else [*workloads, ALL]
-    return [_result(comparison, name, workload) for workload in groups for name in comparison.names]
+    names = [name for name in comparison.names if name not in comparison.unavailable]
+    return [_result(comparison, name, baseline, workload) for workload in groups for name in names]
 
 
-def _result(comparison: Comparison, name: str, workload: str) -> dict[str, Any]:
+def _result(comparison: Comparison, name: str, baseline: str, workload: str) -> dict[str, Any]:
     prompts = [i for i, ask in enumerate(comparison.asks) if workload in (ALL, ask.workload)]
-    equal = all(comparison.equal(name, comparison.asks[i].workload) for i in prompts)
+    kinds = {comparison.asks[i].workload for i in prompts}
+    equal, comparable = (all(comparison.equal(each, kind) for kind in kinds) for each in (name, baseline))
     record = {
         "method": name,
         "workload": workload,
         "prompts": len(prompts),
         "tokens": sum(len(comparison.references[i]) for i in prompts),
         "equal": equal,
-        "baseline": BASELINE,
+        "baseline": baseline,
     }
-    return record | _figures(comparison, name, prompts if equal else [])
+    return record | _figures(comparison, name, baseline, prompts if equal and comparable else [])
 
 
-def _figures(comparison: Comparison, name: str, prompts: Sequence[int]) -> dict[str, float | None]:
+def _figures(comparison: Comparison, name: str, baseline: str, prompts: Sequence[int]) -> dict[str, float | None]:
     """Speeds are of decoding, the prompt's pass apart; times are medians over repeats, speedups over prompts."""
     runs = [comparison.runs[name, i] for i in prompts]
-    plain = [comparison.runs[BASELINE, i] for i in prompts]
-    ratios = [_rate(ours) / _rate(base) for ours, base in zip(runs, plain, strict=True)]
-    totals = [_median(r.total for r in b) / _median(r.total for r in a) for a, b in zip(runs, plain, strict=True)]
+    others = [comparison.runs[baseline, i] for i in prompts]
+    ratios = [_rate(ours) / _rate(base) for ours, base in zip(runs, others, strict=True)]
+    totals = [_median(r.total for r in b) / _median(r.total for r in a) for a, b in zip(runs, others, strict=True)]
     every = [run for group in runs for run in group]
     low, high = bootstrap([ratio for ratio in ratios if not math.isnan(ratio)])
     figures = {

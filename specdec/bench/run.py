@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.bench.measure import Difference, Run, first_difference, logit_margin, measure
-from specdec.bench.methods import Method, prepare
+from specdec.bench.methods import Method, RivalError, prepare
 from specdec.bench.workloads import Prompt, encode, unroll
 
 BASELINE = "plain"
@@ -44,6 +44,7 @@ class Comparison:
         references: plain ``generate``'s tokens for each prompt, once ``check`` has run.
         differences: where methods' tokens were others.
         runs: timed runs by (method, prompt).
+        unavailable: rivals that do not run here, and why.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Comparison:
     references: list[list[int]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = (BASELINE, *(name for name in self.names if name != BASELINE))
@@ -81,25 +83,44 @@ class Comparison:
                     tick()
 
     def equal(self, name: str, workload: str) -> bool:
-        """Whether a method's tokens, and plain ``generate``'s own, were the reference's on a workload each time."""
-        return not any(d.method in (name, BASELINE) and d.workload == workload for d in self.differences)
+        """Whether a method ran, and its tokens and plain ``generate``'s own were the reference's each time."""
+        return name not in self.unavailable and not any(
+            d.method in (name, BASELINE) and d.workload == workload for d in self.differences
+        )
 
     def _methods(self) -> list[Method]:
         """Every method with an empty memory, after a first short run that bears what happens only once."""
-        methods = [prepare(self.model, name) for name in self.names]
-        for method in methods:
+        return [method for name in self.names if (method := self._method(name))]
+
+    def _method(self, name: str) -> Method | None:
+        """None for a rival that does not run here."""
+        if name in self.unavailable:
+            return None
+        try:
+            method = prepare(self.model, name)
             measure(method, self.asks[0].ids[:8], 2)
-        return methods
+        except RivalError as error:
+            self.unavailable[name] = str(error)
+            return None
+        return method
 
     def _time(self, method: Method, prompt: int) -> None:
-        if self.equal(method.name, self.asks[prompt].workload):
-            run = self._run(method, prompt)
+        if self.equal(method.name, self.asks[prompt].workload) and (run := self._run(method, prompt)):
             self.runs.setdefault((method.name, prompt), []).append(run)
 
-    def _run(self, method: Method, prompt: int) -> Run:
-        """One run, its tokens compared with the reference; the first run of the baseline is the reference."""
+    def _run(self, method: Method, prompt: int) -> Run | None:
+        """One run, its tokens compared with the reference; the first run of the baseline is the reference.
+
+        None for a rival that fails, now or before.
+        """
         ask = self.asks[prompt]
-        run = measure(method, ask.ids, self.max_new_tokens)
+        if method.name in self.unavailable:
+            return None
+        try:
+            run = measure(method, ask.ids, self.max_new_tokens)
+        except RivalError as error:
+            self.unavailable[method.name] = f"on {ask.workload} (prompt {prompt}): {error}"
+            return None
         if prompt == len(self.references):
             self.references.append(run.tokens)
         expected = self.references[prompt]

@@ -6,13 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.drafters.lookahead import LookaheadDrafter
     from specdec.drafters.merged import MergedDrafter
     from specdec.drafters.ngram import NgramDrafter
+    from specdec.drafters.predicted import PredictedOutput
     from specdec.drafters.recycling import RecyclingDrafter
+    from specdec.drafters.retrieval import RetrievalDrafter
+    from specdec.drafters.suffix import SuffixDrafter
 
-__all__ = ["MergedDrafter", "NgramDrafter", "RecyclingDrafter"]
-
-_MODULES = {"MergedDrafter": "merged", "NgramDrafter": "ngram", "RecyclingDrafter": "recycling"}
+_MODULES = {
+    "LookaheadDrafter": "lookahead",
+    "MergedDrafter": "merged",
+    "NgramDrafter": "ngram",
+    "PredictedOutput": "predicted",
+    "RecyclingDrafter": "recycling",
+    "RetrievalDrafter": "retrieval",
+    "SuffixDrafter": "suffix",
+}
+__all__ = [
+    "LookaheadDrafter",
+    "MergedDrafter",
+    "NgramDrafter",
+    "PredictedOutput",
+    "RecyclingDrafter",
+    "RetrievalDrafter",
+    "SuffixDrafter",
+]
 
 
 def __getattr__(name: str) -> Any:

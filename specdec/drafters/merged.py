@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from specdec import trees
+from specdec.allowance import Allowance, Typical
+from specdec.calibration import KINDS, Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.drafters import merged_numba as kernels
-from specdec.drafters.calibration import Acceptance
 
 FAULTS_KEPT = 32
-KINDS = (2 * kernels.ODDS + 1) * kernels.DEPTHS
+USUAL = 3e-4  # seconds of a part's call, until some have been timed
+PACE = 0.02  # seconds per token, until some have been timed
+QUICKEST = 1e-3  # seconds per token below which there is no model at work, but a replay of recorded text
+NOTHING = Budget(0, 0, 0)
 _ANY_TOKEN = 2**63 - 1  # how many tokens there are is the target's business
 
 
@@ -26,11 +30,16 @@ class MergedDrafter:
     union is calibrated once more, because what several agree on is likelier than the best of them says, and what they
     dispute is less likely.
 
+    A part is asked as long as it pays: what it guesses rightly and no cheaper part does, at the time a token takes,
+    against the time of its calls. Beyond an ``Allowance``, in tokens, it is only told to catch up, until that has grown
+    enough for another try: a part that never pays costs 1.5 tokens at first and then 0.5% of the time.
+
     Guesses are made without sight of the target's choice, so the union's law is None even where a part sampled its
     own; ``q`` is dropped. A part that raises, or returns no sound tree, is left out of that call.
 
     Args:
         drafters: the parts. A ``MergedDrafter`` among them stands for its own parts.
+        clock: seconds, as ``time.perf_counter``.
 
     Attributes:
         drafters: the parts.
@@ -40,7 +49,7 @@ class MergedDrafter:
         ValueError: no drafters.
     """
 
-    def __init__(self, drafters: Sequence[Drafter]):
+    def __init__(self, drafters: Sequence[Drafter], clock: Callable[[], float] = time.perf_counter):
         parts = [part.drafters if isinstance(part, MergedDrafter) else (part,) for part in drafters]
         self.drafters: tuple[Drafter, ...] = sum(parts, ())
         if not self.drafters:
@@ -49,58 +58,120 @@ class MergedDrafter:
         self.topk = max(part.topk for part in self.drafters)
         self.hidden = any(part.hidden for part in self.drafters)
         self.faults: list[tuple[str, str]] = []
-        self._parts = [Acceptance(prior(), weight=8.0) for _ in self.drafters]
-        self._together = Acceptance(np.tile(prior(), 2), weight=8.0)
+        self.clock = clock
+        self._parts = [Part(drafter) for drafter in self.drafters]
+        self._together = Acceptance(np.tile(believed(), 2), weight=8.0)
+        self._pace = Typical(PACE)
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, within its budget; the root alone where no part had a guess."""
+        self._settle(contexts)
+        wanted = any(budget.nodes > 0 for budget in budgets)
+        asked = [part for part in self._parts if wanted and part.affordable(self._pace.value)]
+        drafted = [
+            self._trees(part, contexts, budgets if part in asked else [NOTHING] * len(budgets)) for part in self._parts
+        ]
         for context in contexts:
-            self._learn(context)
-        drafted = [self._part(i, contexts, budgets) for i in range(len(self.drafters))]
+            if wanted:
+                context.scratch[self] = Last(len(context.tokens), self.clock(), asked)
         return [self._union(*each) for each in zip(contexts, budgets, zip(*drafted, strict=True), strict=True)]
-
-    def _part(self, i: int, contexts: Sequence[Context], budgets: Sequence[Budget]) -> Sequence[DraftTree | None]:
-        """One part's trees, or as many None."""
-        part = self.drafters[i]
-        try:
-            drafted = part.draft(contexts, budgets)
-            _check(drafted, contexts)
-        except Exception as error:  # a part may be anybody's code: its failure must not cost the others
-            fault = part.name, f"{type(error).__name__}: {error}"
-            self.faults = [*self.faults, fault][-FAULTS_KEPT:]
-            return [None] * len(contexts)
-        return drafted
 
     def take_faults(self) -> list[tuple[str, str]]:
         """Hand over ``faults``, so that each is counted once."""
         faults, self.faults = self.faults, []
         return faults
 
-    def _learn(self, context: Context) -> None:
-        """Count what became of the last trees, each part's and their union, once."""
-        length, guesses = context.scratch.pop(self, (0, ()))
-        for acceptance, *guess in guesses:
-            acceptance.learn(*guess, context.tokens[length:])
+    def _trees(self, part: Part, contexts: Sequence[Context], budgets: Sequence[Budget]) -> Sequence[DraftTree | None]:
+        """One part's trees, or as many None."""
+        start = self.clock()
+        try:
+            drafted = part.drafter.draft(contexts, budgets)
+            _check(drafted, contexts)
+        except Exception as error:  # a part may be anybody's code: its failure must not cost the others
+            fault = part.drafter.name, f"{type(error).__name__}: {error}"
+            self.faults = [*self.faults, fault][-FAULTS_KEPT:]
+            return [None] * len(contexts)
+        finally:
+            if any(budget.nodes > 0 for budget in budgets):
+                part.seconds.see(self.clock() - start)
+        return drafted
+
+    def _settle(self, contexts: Sequence[Context]) -> None:
+        """See what became of the last trees, once: which kinds of guesses came true, and which parts have paid."""
+        last = [(context, context.scratch.pop(self)) for context in contexts if self in context.scratch]
+        committed = [context.tokens[each.length :] for context, each in last]
+        tokens = sum(map(len, committed)) / max(1, len(last))
+        if not tokens:
+            return
+        for (_, each), coming in zip(last, committed, strict=True):
+            for acceptance, *guess in each.guesses:
+                acceptance.learn(*guess, coming)
+        self._pace.see(max(QUICKEST, (self.clock() - last[0][1].time) / tokens))
+        won = [each.won(coming) for (_, each), coming in zip(last, committed, strict=True)]
+        for part in self._parts:
+            gain = sum(row.get(part, 0.0) for row in won) / len(last)
+            part.settle(tokens, gain, self._pace.value, part in last[0][1].asked)
 
     def _union(self, context: Context, budget: Budget, drafted: Sequence[DraftTree | None]) -> DraftTree:
-        guessed = [(i, tree) for i, tree in enumerate(drafted) if tree is not None and len(tree) > 1]
+        guessed = [
+            (part, tree) for part, tree in zip(self._parts, drafted, strict=True) if tree is not None and len(tree) > 1
+        ]
         if not guessed:
             return DraftTree.root(int(context.tokens[-1]))
         guesses = [
-            (self._parts[i], tree.tokens, tree.parents, kernels.estimate_kinds(tree.parents, tree.probability))
-            for i, tree in guessed
+            (part.acceptance, tree.tokens, tree.parents, estimate_kinds(tree.parents, tree.probability))
+            for part, tree in guessed
         ]
         tokens, parents, best, origin = trees.merge([(t, p, part.paths(p, kinds)) for part, t, p, kinds in guesses])
-        kinds = kernels.estimate_kinds(parents, best) + KINDS * _shared(tokens, parents, origin, guesses)
+        kinds = estimate_kinds(parents, best) + KINDS * _shared(tokens, parents, origin, guesses)
         probability = self._together.paths(parents, kinds)
-        context.scratch[self] = len(context.tokens), [*guesses, (self._together, tokens, parents, kinds)]
-        names = [self.drafters[i].name for i, _ in guessed]
+        if self in context.scratch:
+            context.scratch[self].guesses = [*guesses, (self._together, tokens, parents, kinds)]
+        names = [part.drafter.name for part, _ in guessed]
         source = tuple(names[guess] for guess in origin.tolist())
         kept = trees.prune(parents, probability, budget.nodes, budget.depth, budget.width, budget.least)
         return DraftTree(tokens, parents, probability, source).take(kept)
 
 
+class Part:
+    """One drafter among others: how good its estimates are, what its calls take, and what it may still lose."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.acceptance = Acceptance(believed(), weight=8.0)
+        self.allowance = Allowance()
+        self.seconds = Typical(USUAL)
+
+    def affordable(self, pace: float) -> bool:
+        """Whether it may be asked, where a token takes ``pace`` seconds."""
+        return self.allowance.covers(self.seconds.value / pace)
+
+    def settle(self, tokens: float, gain: float, pace: float, asked: bool) -> None:
+        """Of so many ``tokens`` per row it alone has won ``gain``, for the time of a call if it was ``asked``."""
+        self.allowance.settle(tokens, gain - self.seconds.value / pace if asked else 0.0)
+
+
 Guess = tuple[Acceptance, np.ndarray, np.ndarray, np.ndarray]  # who counts, and the tree's tokens, parents and kinds
+
+
+class Last:
+    """What one sequence's last trees were, and when and by whom, until it is known what became of them."""
+
+    def __init__(self, length: int, time: float, asked: Sequence[Part]) -> None:
+        self.length, self.time, self.asked = length, time, asked
+        self.guesses: list[Guess] = []
+
+    def won(self, committed: np.ndarray) -> dict[Part, float]:
+        """For each part, how many of the ``committed`` tokens it guessed on one path and no cheaper part did."""
+        matched = {
+            acceptance: len(trees.follow(tokens, parents, committed)) - 1
+            for acceptance, tokens, parents, _ in self.guesses
+        }
+        won, most = dict[Part, float](), 0
+        for part in sorted(self.asked, key=lambda part: part.seconds.value):
+            right = matched.get(part.acceptance, 0)
+            won[part], most = max(0, right - most), max(most, right)
+        return won
 
 
 def _shared(tokens: np.ndarray, parents: np.ndarray, origin: np.ndarray, guesses: Sequence[Guess]) -> np.ndarray:
@@ -109,12 +180,6 @@ def _shared(tokens: np.ndarray, parents: np.ndarray, origin: np.ndarray, guesses
     for part, (_, part_tokens, part_parents, _) in enumerate(guesses[1:], 1):
         kernels.mark_shared(tokens, parents, origin, part, part_tokens, part_parents, shared)
     return shared
-
-
-def prior() -> Float[np.ndarray, " kinds"]:
-    """Before anything is learnt, estimates are believed."""
-    odds = np.exp2(np.arange(-kernels.ODDS, kernels.ODDS + 1))
-    return np.repeat(odds / (1 + odds), kernels.DEPTHS)
 
 
 def _check(drafted: Sequence[DraftTree], contexts: Sequence[Context]) -> None:

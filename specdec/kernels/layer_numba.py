@@ -156,6 +156,9 @@ def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> N
     top = row[0]
     for s in range(len(row)):
         top = max(top, row[s])
+    if top == -np.inf:  # padding may look at nothing, and gets nothing
+        row[:] = 0
+        return
     total = np.float32(0)
     for s in range(len(row)):
         row[s] = exp(np.float32(scale) * (row[s] - top))
@@ -179,25 +182,27 @@ def _weighted(weights: Any, values: int, stride: int, y: int, y_stride: int, dim
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def _add(y: Any, x: Any, bias: Any, first: int, last: int) -> None:
+    """Add columns ``first`` to ``last`` of ``x``, and the bias if there is one, to ``y``'s."""
     for n in range(len(y)):
-        for i in range(first, last):
-            y[n, i] += x[n, i]
+        total, more = y[n][first:last], x[n][first:last]
+        for i in range(len(total)):
+            total[i] += more[i]
         if len(bias):
-            for i in range(first, last):
-                y[n, i] += bias[i]
+            for i in range(len(total)):
+                total[i] += bias[first + i]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def _gated(gate: Any, up: Any, gate_bias: Any, up_bias: Any, first: int, last: int) -> None:
-    """SwiGLU, in place of ``gate``: ``gate * sigmoid(gate) * up``."""
+    """SwiGLU (Shazeer, arXiv 2002.05202) of columns ``first`` to ``last``, in place of ``gate``."""
     for n in range(len(gate)):
+        g, u = gate[n][first:last], up[n][first:last]
         if len(gate_bias):
-            for i in range(first, last):
-                gate[n, i] += gate_bias[i]
-                up[n, i] += up_bias[i]
-        for i in range(first, last):
-            g = gate[n, i]
-            gate[n, i] = g / (np.float32(1) + exp(-g)) * up[n, i]
+            for i in range(len(g)):
+                g[i] += gate_bias[first + i]
+                u[i] += up_bias[first + i]
+        for i in range(len(g)):
+            g[i] = g[i] / (np.float32(1) + exp(-g[i])) * u[i]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, inline="always")  # type: ignore[untyped-decorator]
@@ -206,7 +211,8 @@ def exp(x: Any) -> Any:
 
     x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its series, 2^n by the exponent's bits.
     """
-    x = np.float32(-87.3) if x < np.float32(-87.3) else np.float32(88.7) if x > np.float32(88.7) else x  # NaN stays
+    low = x < np.float32(-87.3)
+    x = np.float32(-87.3) if low else np.float32(88.7) if x > np.float32(88.7) else x  # NaN stays
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     r = x - n * np.float32(0.693359375)
     r = r + n * np.float32(2.12194440e-4)
@@ -218,4 +224,5 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(0.5)
     p = p * r + np.float32(1)
     p = p * r + np.float32(1)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    e = p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if low else e

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from torch import nn
 from torch.nn import functional
 
 Impl = Literal["auto", "reference", "numba"]
@@ -41,8 +42,10 @@ def linear(
 def runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the numba kernel can compute this, with nothing left for autograd."""
     plain = weight.dtype == x.dtype == torch.float32 and weight.device.type == x.device.type == "cpu"
+    plain = plain and type(weight) in (torch.Tensor, nn.Parameter)  # a quantised tensor only says it is float32
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return plain and weight.is_contiguous() and not recorded
+    others = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return plain and weight.is_contiguous() and not recorded and not others
 
 
 def _numba(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -8,11 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_MANY = 32  # the numba kernel keeps a sorted few: its time grows with k
+from specdec.kernels.dispatch import launching, runs_triton
+
+_MANY = {"numba": 32, "triton": 16}  # both take the best one by one: their time grows with k
 
 
 def topk(
-    logits: Float[Tensor, "rows vocab"], k: int, *, impl: Literal["auto", "reference", "torch", "numba"] = "auto"
+    logits: Float[Tensor, "rows vocab"],
+    k: int,
+    *,
+    impl: Literal["auto", "reference", "torch", "numba", "triton"] = "auto",
 ) -> Int[Tensor, "rows k"]:
     """The ``k`` most likely tokens of each row, best first.
 
@@ -23,7 +28,8 @@ def topk(
         logits: of any floating type; rows may lie apart in memory.
         k: from 0 to the vocabulary's size.
         impl: "reference" sorts; "torch" is ``torch.topk``; "numba" is one pass on the CPU over float32, to which
-            halves are converted; "auto" takes "numba" where it can and ``k`` is at most 32, else "torch".
+            halves are converted; "triton" is one pass on a GPU, for ``k`` up to 16; "auto" takes "numba" where it
+            can and ``k`` is at most 32, "triton" on a GPU where it can, else "torch".
 
     Raises:
         ValueError: logits are not rows of a vocabulary, ``k`` is out of range, or ``impl`` cannot run on them.
@@ -33,23 +39,32 @@ def topk(
     if not 0 <= k <= logits.shape[1]:
         raise ValueError(f"k is {k}, the vocabulary has {logits.shape[1]} tokens")
     if impl == "auto":
-        impl = "numba" if _streams(logits) and k <= _MANY else "torch"
+        fast: Literal["numba", "triton"] = "numba" if logits.device.type == "cpu" else "triton"
+        impl = fast if _runs(fast, logits) and k <= _MANY[fast] else "torch"
     match impl:
         case "reference":
             return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         case "torch":
             return logits.topk(k).indices
-        case "numba" if _streams(logits):
+        case "numba" if _runs("numba", logits):
             return _numba(logits, k)
+        case "triton" if _runs("triton", logits) and k <= _MANY["triton"]:
+            return _triton(logits, k)
         case "numba":
             raise ValueError(
                 f"impl='numba' runs on float32 or halves on the CPU, not {logits.dtype} on {logits.device}"
             )
-    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'torch' or 'numba'")
+        case "triton":
+            raise ValueError(
+                f"impl='triton' runs on float32 or halves on a GPU for k up to {_MANY['triton']}, "
+                f"not {logits.dtype} on {logits.device} for k = {k}"
+            )
+    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'torch', 'numba' or 'triton'")
 
 
-def _streams(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _runs(impl: Literal["numba", "triton"], logits: Tensor) -> bool:
+    here = logits.device.type == "cpu" if impl == "numba" else runs_triton(logits)
+    return here and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _numba(logits: Tensor, k: int) -> Tensor:
@@ -63,3 +78,12 @@ def _numba(logits: Tensor, k: int) -> Tensor:
     stride = logits.stride(0)
     flat = logits.as_strided(((rows - 1) * stride + vocab,), (1,))
     return torch.from_numpy(kernel(flat.numpy(), rows, stride, vocab, k))
+
+
+def _triton(logits: Tensor, k: int) -> Tensor:
+    from specdec.kernels import topk_triton
+
+    if k == 0 or len(logits) == 0:
+        return torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
+    with launching(logits):
+        return topk_triton.topk(logits if logits.stride(1) == 1 else logits.contiguous(), k)

@@ -1,95 +1,176 @@
-"""The tree size that gives the most tokens per second, from measured pass times and the drafter's own estimates."""
+"""The tree size that gives the most tokens per second, from measured pass times and calibrated estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from specdec import trees as shapes
+from specdec.allowance import Allowance, Typical
+from specdec.calibration import Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, DraftTree
+from specdec.costs import Costs
 
-KEPT_FRESH = 0.1  # weight of the newest measurement in a running mean
-FIRST_PROBE, LAST_PROBE = 64, 512  # steps without a guess before one is tried again
+CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
+REMEMBERED = 64.0  # guesses of a kind: texts differ
+WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
+ASKS = 16  # drafts that may have to be asked for until one is worth verifying
+USUAL = 3e-4  # seconds of a call that drafts, until some have been timed
+
+
+class Text:
+    """What is learnt about the text of one generation, and what may still be lost on it.
+
+    Attributes:
+        rows: rows of the batch, those that have ended included, as they are fed too.
+        acceptance: how good guesses are in this text; other texts say how good they are at first.
+        resting: whether the allowance is being saved up.
+    """
+
+    def __init__(self, rows: int, usual: Acceptance) -> None:
+        self.rows, self.resting = rows, False
+        self.acceptance = Acceptance(CAUTION * usual.rate, WEIGHT, REMEMBERED)
+        self.allowance = Allowance()
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of a batch, from its budget until its verdicts are in.
+
+    Attributes:
+        text: what it is a step of.
+        context: tokens of the longest row.
+        times: seconds of its pass by nodes per row, the root included.
+        started: when drafting began; None where nothing was asked for.
+        drafting: seconds that drafting is taken to have cost.
+        nodes: nodes per row of the pass, the root included; 0 until they are chosen.
+    """
+
+    text: Text
+    context: int
+    times: Float[np.ndarray, " sizes"]
+    started: float | None = None
+    drafting: float = 0.0
+    nodes: int = 0
 
 
 class ThroughputPolicy:
-    """Verifies the ``n`` likeliest nodes for which (1 + sum of their path probabilities) / T(1 + n) is greatest.
+    """Verifies the ``n`` likeliest nodes of each row for which tokens per second are most::
 
-    T, the time of a pass by nodes fed, starts from a first timing and is kept fresh from every step. The drafter's
-    probabilities are scaled by how many of the nodes they promised were accepted. n = 0, a plain step, is a choice;
-    a small tree is then tried now and then, ever more rarely while that does not pay.
+        (rows + sum of path probabilities) / (time of drafting + T(1 + n, context, rows))
+
+    T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
+    in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
+    ``Allowance`` for each text, in plain steps: at worst 1.5 of them and 0.5% of the time are lost on it. Where no tree
+    can be afforded, drafters are only told to catch up until one can, which is what pays for trying again.
 
     The rule is the one behind SpecDec++'s threshold (arXiv 2405.19715) and Sequoia's hardware-aware tree
-    (arXiv 2402.12374), with estimates made on line.
+    (arXiv 2402.12374), with estimates made on line. Threads may share one: what is lost to a race does no harm.
 
     Args:
-        seconds: time of a pass by number of nodes fed, root included; None for a flat guess until measured.
+        costs: pass times; None for a guess until passes have been seen.
         nodes, depth, width: the largest tree to draft.
+        clock: seconds, as ``time.perf_counter``.
     """
 
     def __init__(
-        self, seconds: Mapping[int, float] | None = None, nodes: int = 32, depth: int = 12, width: int = 4
+        self,
+        costs: Costs | None = None,
+        nodes: int = 64,
+        depth: int = 16,
+        width: int = 4,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        measured = dict(seconds or {1: 1.0, 1 + nodes: 1.5})
-        fed = np.arange(1, nodes + 2)
-        self.seconds = np.interp(fed, sorted(measured), [measured[n] for n in sorted(measured)])
-        self.largest = Budget(nodes, depth, width)
-        self.promised, self.accepted = 2.0, 2.0
-        self.idle, self.patience = 0, FIRST_PROBE
+        self.costs = costs or Costs({1: 1.0, 33: 1.5})
+        self.largest, self.clock = Budget(nodes, depth, width), clock
+        self.acceptance = Acceptance(believed(), WEIGHT)
+        self.drafting = Typical(USUAL)
 
     def budget(self, contexts: Sequence[Context]) -> list[Budget]:
-        """The largest budget for each context, after learning from its last verdict."""
+        """The largest tree worth drafting, or nothing; the last verdicts are learnt from first."""
+        if not contexts:
+            return []
+        text = self._learn(contexts) or Text(len(contexts), self.acceptance)
+        longest = max(len(context.tokens) for context in contexts)
+        step = Step(text, longest, self.costs.times(1 + self.largest.nodes, longest, text.rows))
         for context in contexts:
-            self._learn(context)
-        return [self.largest] * len(contexts)
+            context.scratch[self] = step, None
+        if self._rests(text, step.times):
+            return [Budget(0, 0, 0)] * len(contexts)
+        step.started = self.clock()
+        return [self._worthwhile(step.times)] * len(contexts)
 
-    def _learn(self, context: Context) -> None:
-        verdict = context.verdict
-        if verdict is None or verdict.prompt or context.scratch.get(self) == context.steps:
-            return
-        context.scratch[self] = context.steps
-        self._learn_time(len(verdict.tree), verdict.seconds)
-        promised, accepted = float(verdict.tree.probability[1:].sum()), len(verdict.path) - 1
-        self.promised += KEPT_FRESH * (promised - self.promised) if promised else 0.0
-        self.accepted += KEPT_FRESH * (accepted - self.accepted) if promised else 0.0
+    def _rests(self, text: Text, times: Float[np.ndarray, " sizes"]) -> bool:
+        """Whether to save up: from when no tree can be afforded until one can, and the asking for it."""
+        asks = ASKS if text.resting else 1
+        risk = (asks * self.drafting.value + times[1:].min(initial=np.inf)) / times[0] - 1
+        text.resting = not text.allowance.covers(float(risk))
+        return text.resting
 
-    def _learn_time(self, fed: int, seconds: float) -> None:
-        """Move the whole curve towards what was seen, the more the nearer a size is to the one that was used."""
-        if seconds <= 0 or fed > len(self.seconds):
-            return
-        ratio = float(np.clip(seconds / self.seconds[fed - 1], 0.5, 2.0))
-        sizes = np.arange(1, len(self.seconds) + 1)
-        likeness = np.minimum(sizes, fed) / np.maximum(sizes, fed)
-        self.seconds *= ratio ** (KEPT_FRESH * (0.02 + 0.98 * likeness**4))
+    def _worthwhile(self, times: Float[np.ndarray, " sizes"]) -> Budget:
+        """The largest tree, without nodes that would not pay even if they came at their cheapest."""
+        largest, more = self.largest, np.arange(1, len(times))
+        least = float(((times[1:] / times[0] - 1) / more).min()) if len(more) else 1.0
+        return Budget(len(more), largest.depth, largest.width, max(0.0, 0.5 * least))
 
     def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Each tree's likeliest nodes, the same number for all rows of the batch."""
-        n = self._best(trees)
-        if n == 0 and any(len(tree) > 1 for tree in trees):
-            n = self._probe()
-        elif n:
-            self.idle, self.patience = 0, FIRST_PROBE
-        return [tree.take(self._likeliest(tree, n)) for tree in trees]
+        if not contexts:
+            return []
+        step: Step = contexts[0].scratch[self][0]
+        if step.started is None:
+            step.nodes = 1
+            return [tree.take(np.zeros(1, np.int64)) for tree in trees]
+        seconds = self.clock() - step.started
+        self.drafting.see(seconds)
+        step.drafting = min(seconds, self.drafting.value)
+        kinds = [estimate_kinds(tree.parents, tree.probability) for tree in trees]
+        paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
+        for context, tree, kind in zip(contexts, trees, kinds, strict=True):
+            context.scratch[self] = step, (len(context.tokens), tree, kind)
+        n = self._best(step, paths)
+        kept = [_likeliest(tree.parents, path, n) for tree, path in zip(trees, paths, strict=True)]
+        step.nodes = max(map(len, kept))
+        return [tree.take(each) for tree, each in zip(trees, kept, strict=True)]
 
-    @staticmethod
-    def _likeliest(tree: DraftTree, n: int) -> np.ndarray:
-        size = len(tree)
-        return shapes.prune(tree.parents, tree.probability, n, size, size, 0.0)
-
-    def _best(self, trees: Sequence[DraftTree]) -> int:
-        trust = min(1.5, self.accepted / max(self.promised, 1e-3))
-        tokens = np.full(min(len(self.seconds), max(map(len, trees))), float(len(trees)))
-        for tree in trees:
-            likeliest = np.sort(tree.probability[1:])[::-1][: len(tokens) - 1]
-            gain = np.minimum(1.0, trust * likeliest).cumsum()
+    def _best(self, step: Step, paths: Sequence[Float[np.ndarray, " nodes"]]) -> int:
+        """How many nodes of each row to verify."""
+        seconds = step.drafting + step.times[: max(map(len, paths))]
+        tokens = np.full(len(seconds), float(len(paths)))
+        for path in paths:
+            gain = np.sort(path[1:])[::-1][: len(seconds) - 1].cumsum()
             tokens[1 : len(gain) + 1] += gain
             tokens[len(gain) + 1 :] += gain[-1] if len(gain) else 0.0
-        return int((tokens / self.seconds[: len(tokens)]).argmax())
+        affordable = seconds - step.times[0] <= step.text.allowance.left * step.times[0]
+        speed = np.where(affordable, tokens / seconds, 0.0)
+        n = int(speed.argmax())
+        return n if speed[n] > WORTH * speed[0] else 0
 
-    def _probe(self) -> int:
-        self.idle += 1
-        if self.idle < self.patience:
-            return 0
-        self.idle, self.patience = 0, min(2 * self.patience, LAST_PROBE)
-        return 4
+    def _learn(self, contexts: Sequence[Context]) -> Text | None:
+        """See what became of the last step, once."""
+        known = [(context, *context.scratch.pop(self)) for context in contexts if self in context.scratch]
+        verdicts = [context.verdict for context, *_ in known if context.verdict is not None]
+        if not known or len(verdicts) < len(known):
+            return None
+        step: Step = known[0][1]
+        if step.nodes:
+            self.costs.learn(step.nodes, step.context, step.text.rows, verdicts[0].seconds)
+            spent = (step.drafting + step.times[step.nodes - 1]) / step.times[0]
+            step.text.allowance.settle(spent, sum(len(verdict.tokens) for verdict in verdicts) / len(verdicts) - spent)
+        for context, _, guess in known:
+            if guess is not None:
+                length, tree, kinds = guess
+                for acceptance in (self.acceptance, step.text.acceptance):
+                    acceptance.learn(tree.tokens, tree.parents, kinds, context.tokens[length:])
+        return step.text
+
+
+def _likeliest(
+    parents: Int[np.ndarray, " nodes"], paths: Float[np.ndarray, " nodes"], n: int
+) -> Int[np.ndarray, " kept"]:
+    size = len(parents)
+    return shapes.prune(parents, paths, n, size, size, 0.0)

@@ -1,0 +1,187 @@
+"""What a pass of a model costs on this CPU, beside what reading its weights alone would take: ``make bench-cost``.
+
+    python benchmarks/cost.py [--model PATH] [--quick] [--json OUT]
+
+T(N) is the time of one pass over a tree of N tokens behind a text, as specdec runs it; "plain" with the model's own
+layers, "ours" with our CPU kernels in it. The two take turns, and the median counts. Products are of single weights
+that no cache holds, in microseconds: torch's, oneDNN's with weights packed beforehand, and ours. The JSON's "seconds"
+(ours, behind 1024 tokens) is what ``specdec replay --cost`` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from specdec import attach, cpu, demo
+from specdec.bench.report import machine
+from specdec.core import DraftTree
+from specdec.kernels import linear_numba
+from specdec.kernels.linear import linear
+from specdec.model import Model
+
+NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXTS = (128, 256, 1024, 4096)
+REPLAYED = 1024  # the context of "seconds"
+READ = 512 << 20  # bytes that are read to measure bandwidth
+COLD = 96 << 20  # bytes of weights that a product walks through, so that no cache holds them
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo", help="a directory or hub id")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, each timed three times")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    given = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(demo.resolve(given.model), dtype=torch.float32).eval()
+    nodes, contexts, repeats = (NODES[:5], (128, REPLAYED), 3) if given.quick else (NODES, CONTEXTS, 7)
+    read, weights = bandwidth(), weight_bytes(model)
+    print(f"{weights / 1e6:.0f} MB of weights at {read / 1e9:.1f} GB/s: {1e3 * weights / read:.1f} ms")
+    shapes = dict.fromkeys(tuple(layer.weight.shape) for layer in model.modules() if type(layer) is nn.Linear)
+    report = {
+        "machine": machine(model, given.model),
+        "repeats": repeats,
+        "bandwidth": read,
+        "weight_bytes": weights,
+        "limit": weights / read,
+        "passes": [shown(row) for row in passes(model, contexts, nodes, repeats)],
+        "products": [shown(row) for shape in shapes for row in products(shape, nodes, repeats)],
+    }
+    seconds = {str(row["nodes"]): row["ours"] for row in report["passes"] if row["context"] == REPLAYED}
+    if given.json:
+        given.json.write_text(json.dumps({"seconds": seconds, **report}, indent=1) + "\n")
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row itself, once it is printed; its seconds in milliseconds."""
+    print(
+        *(f"{key} {value if isinstance(value, int) else f'{1e3 * value:.3f}'}" for key, value in row.items()),
+        flush=True,
+    )
+    return row
+
+
+@njit(cache=True, parallel=True, fastmath={"reassoc", "nsz", "contract"})
+def summed(numbers: Any, threads: int) -> Any:
+    """The sum of float32 ``numbers``; each thread walks down its own part in four streams."""
+    sums = np.zeros(threads, np.float32)
+    for t in prange(threads):
+        first, quarter = len(numbers) * t // threads, len(numbers) // threads // 4
+        total = np.float32(0)
+        for i in range(first, first + quarter):
+            total += numbers[i] + numbers[i + quarter] + numbers[i + 2 * quarter] + numbers[i + 3 * quarter]
+        sums[t] = total
+    return sums.sum()
+
+
+def bandwidth() -> float:
+    """Bytes per second that torch's threads read together: the best of 20 sums, by torch and by numba."""
+    numbers, threads = torch.ones(READ // 4), torch.get_num_threads()
+    linear_numba.use_threads(threads)
+    sums = (numbers.sum, partial(summed, numbers.numpy(), threads))
+    return READ / min(timed(call) for _ in range(11) for call in sums)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of weights that a pass must read: of all parameters, but of a table of embeddings only what is tied."""
+    read = sum(parameter.nbytes for parameter in model.parameters())
+    tables = [layer.weight for layer in model.modules() if type(layer) is nn.Embedding]
+    tied = {id(layer.weight) for layer in model.modules() if type(layer) is nn.Linear}
+    return read - sum(table.nbytes for table in tables if id(table) not in tied)
+
+
+def passes(model: Any, contexts: Sequence[int], nodes: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """One record per context and tree size: seconds of a pass with the model's own layers and with ours."""
+    forms = {"plain": attach.attach(model).form}
+    if reason := cpu.install(model):
+        print(reason)
+    forms["ours"] = attach.attach(model).form
+    forwards = {layer: layer.forward for layer in model.modules() if "forward" in vars(layer)}
+    cpu.remove(model)
+    for context in contexts:
+        holds = {name: held(model, form, context) for name, form in forms.items()}
+        for n in nodes:
+            tree = DraftTree(np.ones(n, np.int64), (np.arange(n) - 1) // 2, np.ones(n, np.float32), ("",) * n)
+            yield {"context": context, "nodes": n, **in_turns(holds, forwards, tree, repeats)}
+
+
+def held(model: Any, form: Any, context: int) -> Model:
+    """The model behind a made-up text of some length."""
+
+    def begin(module: Any, input_ids: Any, generation_config: Any, **others: Any) -> Model:
+        hold = Model(module, form)
+        del others["logits_processor"], others["stopping_criteria"]
+        hold.start(input_ids, generation_config, others)
+        return hold
+
+    prompt = torch.ones(1, 8, dtype=torch.int64)
+    hold: Model = model.generate(prompt, max_new_tokens=8, do_sample=False, custom_generate=begin)
+    for layer in hold.cache.slots:
+        shape = (*layer.keys.shape[:2], context, layer.keys.shape[3])
+        layer.adopt(torch.randn(shape), torch.randn(shape), context)
+    hold.lengths = [context]
+    return hold
+
+
+def in_turns(
+    holds: dict[str, Model], forwards: dict[nn.Module, Any], tree: DraftTree, repeats: int
+) -> dict[str, float]:
+    """The median seconds of a pass with the model's own layers and with ours, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in holds}
+    for _ in range(repeats + 1):
+        for name, hold in holds.items():
+            for layer, forward in forwards.items() if name == "ours" else ():
+                vars(layer)["forward"] = forward  # as cpu.install does, which measures anew each time
+            times[name].append(timed(partial(hold.forward, [tree])))
+            hold.keep([[]])
+            for layer in forwards:
+                vars(layer).pop("forward", None)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+@torch.no_grad()
+def products(shape: tuple[int, int], rows: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """One record per number of rows: seconds of one product with a weight of that shape."""
+    weights = [torch.randn(shape) for _ in range(-(-COLD // (4 * shape[0] * shape[1])))]
+    for n in rows:
+        x = torch.randn(n, shape[1])
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, n) for weight in weights]
+        calls: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+            "torch": (partial(functional.linear, x), weights),
+            "prepacked": (
+                lambda weight, x=x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
+                packed,
+            ),
+            "ours": (partial(linear, x, impl="numba"), weights),
+        }
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats + 1):
+            for name, (call, operands) in calls.items():
+                times[name].append(timed(lambda call=call, operands=operands: [call(each) for each in operands]))
+        taken = {name: statistics.median(each[1:]) / len(weights) for name, each in times.items()}
+        yield {"outputs": shape[0], "inputs": shape[1], "rows": n, **taken}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

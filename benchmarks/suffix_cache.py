@@ -1,0 +1,204 @@
+"""SuffixDrafter beside the suffix cache of arctic-inference, on recorded conversations and without a model.
+
+    python benchmarks/suffix_cache.py --tokenizer PATH TRACES.jsonl...
+
+Each assistant message is replayed against all that came before it, sessions in file order, by every drafter in turn. A
+step drafts, accepts what the recorded response confirms, and commits one token more. Times are of the drafter's own
+calls, the reading of prompts included; the best of several passes. arctic-inference, Snowflake's C++ (Apache-2.0), is
+left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from specdec import trees
+from specdec.core import Budget, Context, DraftTree, Verdict
+from specdec.drafters import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
+
+Turn = tuple[np.ndarray, np.ndarray]  # what came before, and the response
+
+
+class Player(Protocol):
+    """A drafter under replay; only what its methods do is timed."""
+
+    def start(self, prompt: np.ndarray) -> None:
+        """Begin a response."""
+
+    def draft(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and parents, the root first."""
+
+    def commit(self, tokens: np.ndarray) -> None:
+        """Append to the response."""
+
+    def stop(self) -> None:
+        """End the response."""
+
+    def memory(self) -> int:
+        """Bytes held for past responses."""
+
+
+class Ours:
+    """Any drafter of this library."""
+
+    def __init__(self, drafter: Any, budget: Budget):
+        self.drafter, self.budget = drafter, budget
+
+    def start(self, prompt: np.ndarray) -> None:
+        self.context = Context(prompt)
+
+    def draft(self) -> tuple[np.ndarray, np.ndarray]:
+        [tree] = self.drafter.draft([self.context], [self.budget])
+        return tree.tokens, tree.parents
+
+    def commit(self, tokens: np.ndarray) -> None:
+        root = DraftTree.root(0)
+        self.context.extend(Verdict(root, np.zeros(1, np.int64), tokens))
+
+    def stop(self) -> None:
+        self.context.finished = True
+        self.drafter.draft([self.context], [Budget(0, 0, 0)])
+        del self.context
+
+    def memory(self) -> int:
+        return int(self.drafter.bytes_used)
+
+
+class Arctic:
+    """The cache of arctic-inference, used as its own engine uses it."""
+
+    def __init__(self, max_depth: int, nodes: int, tree: bool):
+        from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+        self.cache = SuffixDecodingCache(max_depth)
+        self.limits = {"max_spec_tokens": nodes, "use_tree_spec": tree}
+        self.depth, self.names = max_depth, count()
+
+    def start(self, prompt: np.ndarray) -> None:
+        self.name, self.tail = next(self.names), prompt[-self.depth :]
+        self.cache.start_request(self.name, prompt)
+
+    def draft(self) -> tuple[np.ndarray, np.ndarray]:
+        found = self.cache.speculate(self.name, self.tail, **self.limits)
+        return np.array([0, *found.token_ids]), np.array([-1, *(parent + 1 for parent in found.parents)])
+
+    def commit(self, tokens: np.ndarray) -> None:
+        self.cache.add_active_response(self.name, tokens)
+        self.tail = np.concatenate([self.tail, tokens])[-self.depth :]
+
+    def stop(self) -> None:
+        self.cache.stop_request(self.name)
+
+    def memory(self) -> int:
+        return int(self.cache._global_tree.estimate_memory())
+
+
+@dataclass
+class Result:
+    """What a replay came to; seconds are the drafter's."""
+
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+
+
+def replay(player: Player, turns: Sequence[Turn]) -> Result:
+    """Play all responses, in order. Raises AssertionError where one does not come out as recorded."""
+    result, clock = Result(), time.perf_counter
+    for prompt, response in turns:
+        began = clock()
+        player.start(prompt)
+        result.seconds += clock() - began
+        done = 0
+        while done < len(response):
+            began = clock()
+            tokens, parents = player.draft()
+            result.seconds += clock() - began
+            path = trees.follow(tokens, parents, response[done:-1].astype(np.int64))
+            new = response[done : done + len(path)]
+            assert (tokens[path[1:]] == new[: len(path) - 1]).all()
+            began = clock()
+            player.commit(new)
+            result.seconds += clock() - began
+            done += len(path)
+            result.steps, result.drafted = result.steps + 1, result.drafted + len(tokens) - 1
+        assert done == len(response)
+        began = clock()
+        player.stop()
+        result.seconds += clock() - began
+        result.tokens += done
+    result.memory = player.memory()
+    return result
+
+
+def players(nodes: int, max_depth: int = 64) -> Iterator[tuple[str, Callable[[], Player]]]:
+    """Who is compared, by name; each call makes a new one."""
+    budget = Budget(nodes, nodes, nodes)
+    yield "path", lambda: Ours(SuffixDrafter(max_depth, mode="path"), budget)
+    yield "tree", lambda: Ours(SuffixDrafter(max_depth), budget)
+    yield "ngram", lambda: Ours(NgramDrafter(), budget)
+    try:
+        Arctic(max_depth, nodes, tree=False)
+    except ImportError as error:
+        print(f"arctic-inference is left out: {error}")
+        return
+    yield "arctic path", lambda: Arctic(max_depth, nodes, tree=False)
+    yield "arctic tree", lambda: Arctic(max_depth, nodes, tree=True)
+
+
+def read_turns(path: Path, tokenizer: Any) -> list[Turn]:
+    """The assistant messages of a file, each with all that came before it in its conversation."""
+    turns = []
+    for line in path.read_text().splitlines():
+        before: list[int] = []
+        for message in json.loads(line)["messages"]:
+            ids = [*tokenizer.encode(message["content"] or "", add_special_tokens=False), tokenizer.eos_token_id]
+            if message["role"] == "assistant":
+                turns.append((np.array(before, np.int32), np.array(ids, np.int32)))
+            before += ids
+    return [turn for turn in turns if len(turn[0])]
+
+
+def main() -> None:
+    """Replay the files named on the command line and print a table for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("traces", type=Path, nargs="+")
+    parser.add_argument("--tokenizer", required=True, help="a directory or hub id")
+    parser.add_argument("--nodes", type=int, default=32, help="guesses per step at most")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of players")
+    arguments = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    print("trace / who: tokens per step, accepted of drafted, us per token, bytes per token")
+    for path in arguments.traces:
+        turns = read_turns(path, tokenizer)
+        who = {name: make for name, make in players(arguments.nodes) if not arguments.only or name in arguments.only}
+        for make in who.values():
+            replay(make(), turns[:3])  # compiles
+        runs = [{name: replay(make(), turns) for name, make in who.items()} for _ in range(arguments.repeats)]
+        for name in who:
+            best = min((run[name] for run in runs), key=lambda result: result.seconds)
+            print(
+                f"{path.stem:14} {name:12} {best.tokens / best.steps:6.3f} "
+                f"{(best.tokens - best.steps) / max(best.drafted, 1):6.3f} "
+                f"{1e6 * best.seconds / best.tokens:8.2f} {best.memory / best.tokens:8.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

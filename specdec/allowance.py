@@ -1,0 +1,50 @@
+"""How much may be lost on trying, and what a try usually costs."""
+
+from __future__ import annotations
+
+from collections import deque
+
+SHARE = 0.005  # of all time
+FIRST, MOST = 1.5, 16.0  # with units of plain steps: 2% of the first hundred, and then less and less
+
+
+class Allowance:
+    """What may be lost on something uncertain: ``FIRST``, then a share of all time and whatever it has won.
+
+    Who tries only what it ``covers`` has lost, after t units of time, at most ``SHARE * t + FIRST``, all told; and in
+    any stretch of t units, whatever was won before, at most ``SHARE * t + MOST``. One try dearer than ``FIRST`` may go
+    beyond, and is paid off before the next. Units are the caller's.
+
+    Attributes:
+        left: what may be risked now.
+    """
+
+    def __init__(self) -> None:
+        self.left = FIRST
+
+    def covers(self, risk: float) -> bool:
+        """Whether a try may be made that loses so much at worst."""
+        return self.left >= min(risk, FIRST)
+
+    def settle(self, time: float, won: float = 0.0) -> None:
+        """Some ``time`` has passed, in which so much was won; or lost, if negative."""
+        self.left = min(MOST, self.left + SHARE * time + won)
+
+
+class Typical:
+    """The median of the last five of some measurements: one or two that were disturbed, or compiled, do not count.
+
+    Args:
+        guess: stands for the first ones.
+    """
+
+    def __init__(self, guess: float) -> None:
+        self._last = deque([guess] * 3, maxlen=5)
+
+    def see(self, value: float) -> None:
+        """One more measurement."""
+        self._last.append(value)
+
+    @property
+    def value(self) -> float:
+        return sorted(self._last)[len(self._last) // 2]

@@ -1,0 +1,30 @@
+"""Rows moved on the CPU, one by one in ascending order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+
+
+def move_rows(keys: torch.Tensor, values: torch.Tensor, paths: torch.Tensor, base: torch.Tensor) -> None:
+    """As ``specdec.kernels.move_rows``, for any type: what moves is bits."""
+    _move_rows(_array(keys), _array(values), paths.numpy(), base.numpy())
+
+
+def _array(slots: torch.Tensor) -> np.ndarray:
+    slots = slots.detach()
+    return (slots.view(torch.int16) if slots.element_size() == 2 else slots).numpy()
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _move_rows(keys: np.ndarray, values: np.ndarray, paths: np.ndarray, base: np.ndarray) -> None:
+    for row in range(len(paths)):
+        for i in range(paths.shape[1]):
+            source, target = base[row] + paths[row, i], base[row] + i
+            if source > target:  # neither padding nor where it belongs already
+                for head in range(keys.shape[1]):
+                    for d in range(keys.shape[3]):
+                        keys[row, head, target, d] = keys[row, head, source, d]
+                    for e in range(values.shape[3]):
+                        values[row, head, target, e] = values[row, head, source, e]

@@ -1,0 +1,204 @@
+"""T(nodes, context, rows): read from a table, moved by what passes take, saved for the next process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import specdec
+from specdec import attach, storage, timing
+from specdec.costs import LARGEST, SAVED_FOR, Costs
+from tests import tiny
+from tests.simulation import KERNELS, table
+from tests.tiny import prompt
+
+
+class TestTimes:
+    def test_straight_lines_between_and_beyond_what_was_measured(self) -> None:
+        costs, seconds = Costs(KERNELS), table(KERNELS)
+        assert costs.times(64, 0) == pytest.approx([seconds(n) for n in range(1, 65)])
+
+    def test_larger_passes_are_never_thought_quicker(self) -> None:
+        assert (Costs({1: 1.0, 16: 2.0, 32: 1.9}).times(500, 0)[31:] == 1.9).all()
+        assert (Costs({4: 2.0}).times(500, 0) == 2.0).all()
+
+    def test_the_tokens_of_all_rows_count(self) -> None:
+        costs = Costs(KERNELS)
+        assert costs.times(10, 0, rows=3) == pytest.approx(costs.times(30, 0)[2::3])
+
+    def test_texts_are_read_once_per_row_and_attended_to_by_each_node(self) -> None:
+        longer = Costs(KERNELS, read=1e-5, attend=1e-6).times(4, 1000, rows=2) - Costs(KERNELS).times(4, 0, rows=2)
+        assert longer == pytest.approx([0.020 + 0.002 * n for n in (1, 2, 3, 4)])
+
+    @pytest.mark.parametrize(("rows", "sizes"), [(1, 64), (16, 64), (100, 10), (LARGEST, 1), (5000, 1)])
+    def test_no_pass_is_too_large(self, rows: int, sizes: int) -> None:
+        assert len(Costs(KERNELS).times(64, 0, rows)) == sizes
+
+
+class TestLearning:
+    def test_passes_about_as_large_are_moved_most(self) -> None:
+        costs, before = Costs(KERNELS), Costs(KERNELS).curve
+        for _ in range(100):
+            costs.learn(16, 0, 1, 1.5 * before[15])
+        moved = costs.curve / before
+        assert moved[15] == pytest.approx(1.5, rel=0.01)
+        assert moved[15] > moved[14] > moved[11] > moved[0] > 1.1
+        assert moved[15] > moved[16] > moved[20] > moved[100] > 1.1
+
+    def test_rows_and_context_are_told_apart_from_size(self) -> None:
+        costs = Costs(KERNELS, read=1e-5, attend=1e-6)
+        expected = costs.times(8, 500, rows=2)[-1]
+        for _ in range(10):
+            costs.learn(8, 500, 2, expected)
+        assert costs.curve == pytest.approx(Costs(KERNELS).curve)
+
+    def test_a_disturbed_pass_hardly_counts(self) -> None:
+        costs = Costs(KERNELS)
+        for seconds in (10.0, 1e-6):
+            costs.learn(4, 0, 1, seconds)
+            assert costs.curve == pytest.approx(Costs(KERNELS).curve, rel=0.05)
+
+    def test_nothing_is_learnt_from_nothing(self) -> None:
+        costs = Costs(KERNELS)
+        costs.learn(4, 0, 1, 0.0)
+        costs.learn(4, 0, LARGEST, 1.0)
+        assert np.array_equal(costs.curve, Costs(KERNELS).curve)
+
+
+class TestFile:
+    def test_it_comes_back_as_it_was(self, tmp_path: Path) -> None:
+        costs, path = Costs(KERNELS, 1e-5, 1e-6), tmp_path / "deep" / "costs"
+        costs.learn(7, 0, 1, 0.1)
+        costs.save(path)
+        again = Costs.load(path)
+        assert np.array_equal(again.curve, costs.curve)
+        assert (again.read, again.attend, again.path) == (1e-5, 1e-6, path)
+
+    @pytest.mark.parametrize("curve", [np.ones(5), np.zeros(LARGEST), np.full(LARGEST, np.nan), np.full(LARGEST, -1.0)])
+    def test_what_cannot_be_costs(self, tmp_path: Path, curve: np.ndarray) -> None:
+        storage.write(tmp_path / "costs", "costs", 1, {"curve": curve}, {"read": 0.0, "attend": 0.0})
+        with pytest.raises(ValueError, match="costs"):
+            Costs.load(tmp_path / "costs")
+
+    @pytest.mark.parametrize("facts", [{}, {"read": None, "attend": 0.0}, {"read": -1.0, "attend": 0.0}])
+    def test_what_cannot_be_growth(self, tmp_path: Path, facts: dict[str, Any]) -> None:
+        storage.write(tmp_path / "costs", "costs", 1, {"curve": np.ones(LARGEST)}, facts)
+        with pytest.raises(ValueError, match="cost"):
+            Costs.load(tmp_path / "costs")
+
+    def test_it_is_kept_fresh_now_and_then(self, tmp_path: Path) -> None:
+        costs = Costs(KERNELS)
+        costs.keep()
+        costs.save(tmp_path / "costs")
+        costs.curve *= 2
+        costs.keep()
+        assert Costs.load(tmp_path / "costs").curve[0] == KERNELS[1]
+        costs.saved -= SAVED_FOR
+        costs.keep()
+        assert Costs.load(tmp_path / "costs").curve[0] == 2 * KERNELS[1]
+
+    def test_a_disk_that_takes_nothing_is_let_be(self, tmp_path: Path) -> None:
+        costs = Costs(KERNELS)
+        costs.path = tmp_path / "file" / "costs"
+        (tmp_path / "file").write_text("")
+        costs.saved = -SAVED_FOR
+        costs.keep()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where costs are saved, however quick the model."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "WORTH_SAVING", 0.0)
+    return tmp_path / "costs"
+
+
+class TestAttaching:
+    def test_a_second_process_does_not_time_again(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = attach.attach(tiny.model()).costs
+        monkeypatch.setattr(timing, "measure", None)
+        again = attach.attach(tiny.model()).costs
+        assert first is not None
+        assert again is not None
+        assert np.array_equal(again.curve, first.curve)
+
+    def test_what_is_quickly_timed_is_not_saved(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timing, "WORTH_SAVING", 1e9)
+        attach.attach(tiny.model())
+        assert not home.exists()
+
+    def test_another_model_or_setting_has_costs_of_its_own(self, home: Path) -> None:
+        def saved(model: Any) -> set[str]:
+            attach.attach(model)
+            return {path.name for path in home.glob("*.safetensors")}
+
+        sizes = [len(saved(tiny.model()))]
+        sizes.append(len(saved(tiny.model(hidden_size=64))))
+        sizes.append(len(saved(tiny.model().double())))
+        sizes.append(len(saved(tiny.model(attn_implementation="eager"))))
+        changed = tiny.model()
+        changed.lm_head.forward = Forward(changed.lm_head)
+        sizes.append(len(saved(changed)))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            sizes.append(len(saved(tiny.model())))
+        finally:
+            torch.set_num_threads(threads)
+        assert sizes == sorted(set(sizes)), "each has added a file"
+        assert len(saved(tiny.model())) == sizes[-1]
+
+    def test_a_damaged_file_is_passed_over_and_stats_say_so(self, home: Path) -> None:
+        attach.attach(tiny.model())
+        for path in home.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-9])
+        model = specdec.wrap(tiny.model())
+        with pytest.warns(specdec.statistics.SpecdecWarning, match="measured anew"):
+            model.generate(prompt(), max_new_tokens=4)
+        assert any("damaged" in reason for reason in specdec.stats(model).reasons)
+        assert attach.attach(tiny.model()).why_timed == ""
+
+    def test_where_nothing_can_be_saved_stats_say_so(self, home: Path) -> None:
+        home.write_text("in the way")
+        assert "cannot be saved" in attach.attach(tiny.model()).why_timed
+
+    def test_what_a_long_text_costs_is_measured_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sliding windows, whose layers hold less than the text, are no hindrance."""
+        lengths: list[int] = []
+        timed = timing._timed
+        monkeypatch.setattr(
+            timing, "_timed", lambda model, size: lengths.append(model.lengths[0]) or timed(model, size)
+        )
+        for changes in ({}, {"kind": "Mistral", "sliding_window": 6}):
+            lengths.clear()
+            found = attach.attach(tiny.model(**changes, max_position_embeddings=4096))
+            assert found.form.level == "tree"
+            assert lengths[-2:] == [timing.LONG, timing.LONG + 1]
+        lengths.clear()
+        attach.attach(tiny.model(max_position_embeddings=512))
+        assert max(lengths) < 100
+
+    def test_that_it_cannot_be_measured_is_no_reason_to_draft_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuses(model: Any) -> bool:
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(timing, "_lengthen", refuses)
+        found = attach.attach(tiny.model())
+        assert found.form.level == "tree"
+        assert found.costs is not None
+        assert (found.costs.read, found.costs.attend) == (0.0, 0.0)
+
+
+@dataclasses.dataclass
+class Forward:
+    """A layer's forward replaced, as kernels do."""
+
+    layer: Any
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.layer.weight)

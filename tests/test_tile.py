@@ -1,0 +1,104 @@
+"""The innermost loops of the CPU kernels against numpy: every size, awkward lengths, strides, and what lies beside."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numba import njit
+
+from specdec.kernels.layer_numba import exp
+from specdec.kernels.linear_numba import product
+from specdec.kernels.tile_numba import LANES, MIXES, SIZES, mix, tile
+
+LENGTHS = (0, 1, LANES - 1, LANES, LANES + 1, 63, 64, 65)
+
+
+@njit
+def _tile(outputs, rows, lines, w, x, y, inputs):
+    at = w.ctypes.data, x.ctypes.data, y.ctypes.data
+    strides = w.shape[1], x.shape[1], y.shape[1]
+    tile(outputs, rows, lines, at[0], strides[0], at[1], strides[1], at[2], strides[2], inputs, at[0])
+
+
+@njit
+def _mix(vectors, rows, p, v, y, terms):
+    at = p.ctypes.data, v.ctypes.data, y.ctypes.data
+    mix(vectors, rows, at[0], p.shape[1], at[1], v.shape[1], at[2], y.shape[1], terms)
+
+
+@njit
+def _product(w, x, y, rows, inputs, outputs):
+    at = w.ctypes.data, x.ctypes.data, y.ctypes.data
+    product(at[0], w.shape[1], at[1], x.shape[1], at[2], y.shape[1], rows, inputs, outputs)
+
+
+@njit
+def _exp(x):
+    y = np.empty_like(x)
+    for i in range(len(x)):
+        y[i] = exp(x[i])
+    return y
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def _within(whole: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A matrix between NaN, which a read beyond it would bring along."""
+    whole[rows:] = np.nan
+    whole[:, columns:] = np.nan
+    return whole
+
+
+def _is_only(y: np.ndarray, expected: np.ndarray) -> None:
+    """``expected`` stands in the corner of ``y``, and nothing was written beside it."""
+    rows, columns = expected.shape
+    np.testing.assert_allclose(y[:rows, :columns], expected, rtol=1e-5, atol=1e-4)
+    assert np.isnan(y[rows:]).all()
+    assert np.isnan(y[:, columns:]).all()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_tile_of_every_size(length: int) -> None:
+    for outputs, rows, lines in SIZES:
+        w, x = _within(_random(6, length + 3), outputs, length), _within(_random(7, length + 5), rows, length)
+        y = np.full((8, 9), np.nan, np.float32)
+        _tile(outputs, rows, lines, w, x, y, length)
+        _is_only(y, x[:rows, :length] @ w[:outputs, :length].T)
+
+
+def test_a_tile_of_another_size_does_nothing() -> None:
+    y = np.full((8, 9), np.nan, np.float32)
+    _tile(3, 1, 1, _random(6, 8), _random(7, 8), y, 8)
+    assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("terms", LENGTHS)
+def test_a_mix_of_every_size(terms: int) -> None:
+    for vectors, rows in MIXES:
+        columns = vectors * LANES
+        p, v = _within(_random(6, terms + 3), rows, terms), _within(_random(terms + 2, columns + 5), terms, columns)
+        y = np.full((8, columns + 7), np.nan, np.float32)
+        _mix(vectors, rows, p, v, y, terms)
+        _is_only(y, p[:rows, :terms] @ v[:terms, :columns])
+
+
+@pytest.mark.parametrize("rows", [*range(34), 64, 129, 200])
+def test_a_product_of_any_rows(rows: int) -> None:
+    for outputs, inputs in ((1, 5), (3, LANES), (4, 65), (6, 37), (9, 128)):
+        w, x = _within(_random(outputs + 1, inputs + 3), outputs, inputs), _random(rows + 1, inputs + 2)
+        y = np.full((rows + 2, outputs + 3), np.nan, np.float32)
+        _product(w, _within(x, rows, inputs), y, rows, inputs, outputs)
+        _is_only(y, x[:rows, :inputs] @ w[:outputs, :inputs].T)
+
+
+def test_exp_is_within_two_units_in_the_last_place() -> None:
+    x = np.concatenate([np.linspace(-87.3, 88.3, 400_001), np.linspace(-1, 1, 100_001), [0.0, -0.0]]).astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    assert (np.abs(_exp(x) - expected) / np.spacing(expected.astype(np.float32))).max() <= 2
+
+
+def test_exp_beyond_what_can_be_told() -> None:
+    x = np.array([-np.inf, -1e30, -104, 89, 1e30, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(_exp(x), np.array([0, 0, 0, np.inf, np.inf, np.inf, np.nan], np.float32))
