@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 METHODS := plain,plain+kernels,auto,auto+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv demo test test-all check bench bench-cost architectures wheel
+.PHONY: .venv demo test test-all check bench bench-cost architectures gpu wheel
 
 .venv: $(READY)
 
@@ -42,6 +42,10 @@ bench-cost: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
 	$(BIN)/python benchmarks/figures.py
+
+# GPU tests and timings in one command, with the Python that is there; not yet run on a GPU.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 architectures: $(READY)
 	$(BIN)/python benchmarks/architectures.py

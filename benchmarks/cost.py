@@ -3,7 +3,7 @@
     python benchmarks/cost.py [--model PATH] [--quick] [--json OUT]
 
 T(N) is the time of one pass over a tree of N tokens behind a text, as specdec runs it; "plain" with the model's own
-layers, "ours" with our CPU kernels in it. The two take turns, and the median counts. Products are of single weights
+layers, "ours" with our CPU kernels in it. They take turns, and the median counts. Products are of single weights
 that no cache holds, in microseconds: torch's, oneDNN's with weights packed beforehand, and ours. The JSON's "seconds"
 (ours, behind 1024 tokens) is what ``specdec replay --cost`` reads.
 """
@@ -11,6 +11,7 @@ that no cache holds, in microseconds: torch's, oneDNN's with weights packed befo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -75,7 +76,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(parallel=True, fastmath={"reassoc", "nsz", "contract"})
 def summed(numbers: Any, threads: int) -> Any:
     """The sum of float32 ``numbers``; each thread walks down its own part in four streams."""
     sums = np.zeros(threads, np.float32)
@@ -105,18 +106,28 @@ def weight_bytes(model: Any) -> int:
 
 
 def passes(model: Any, contexts: Sequence[int], nodes: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per context and tree size: seconds of a pass with the model's own layers and with ours."""
+    """One record per context and tree size: seconds of a pass with the model's own layers and with ours.
+
+    All sizes in rounds, the first of which does not count: whatever disturbs a machine for a while touches one round.
+    """
     forms = {"plain": attach.attach(model).form}
     if reason := cpu.install(model):
         print(reason)
     forms["ours"] = attach.attach(model).form
     forwards = {layer: layer.forward for layer in model.modules() if "forward" in vars(layer)}
     cpu.remove(model)
-    for context in contexts:
-        holds = {name: held(model, form, context) for name, form in forms.items()}
-        for n in nodes:
-            tree = DraftTree(np.ones(n, np.int64), (np.arange(n) - 1) // 2, np.ones(n, np.float32), ("",) * n)
-            yield {"context": context, "nodes": n, **in_turns(holds, forwards, tree, repeats)}
+    holds = {(context, kind): held(model, form, context) for context in contexts for kind, form in forms.items()}
+    times: dict[Any, list[float]] = {(context, n, kind): [] for n in nodes for context, kind in holds}
+    for _ in range(repeats + 1):
+        for context, n, kind in times:
+            hold = holds[context, kind]
+            times[context, n, kind].append(pass_time(hold, n, forwards if kind == "ours" else {}))
+    for context, n in itertools.product(contexts, nodes):
+        yield {
+            "context": context,
+            "nodes": n,
+            **{kind: statistics.median(times[context, n, kind][1:]) for kind in forms},
+        }
 
 
 def held(model: Any, form: Any, context: int) -> Model:
@@ -137,20 +148,16 @@ def held(model: Any, form: Any, context: int) -> Model:
     return hold
 
 
-def in_turns(
-    holds: dict[str, Model], forwards: dict[nn.Module, Any], tree: DraftTree, repeats: int
-) -> dict[str, float]:
-    """The median seconds of a pass with the model's own layers and with ours, after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in holds}
-    for _ in range(repeats + 1):
-        for name, hold in holds.items():
-            for layer, forward in forwards.items() if name == "ours" else ():
-                vars(layer)["forward"] = forward  # as cpu.install does, which measures anew each time
-            times[name].append(timed(partial(hold.forward, [tree])))
-            hold.keep([[]])
-            for layer in forwards:
-                vars(layer).pop("forward", None)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+def pass_time(hold: Model, nodes: int, forwards: dict[nn.Module, Any]) -> float:
+    """Seconds of a pass over a tree, with other ``forward``s in some layers; model and text are left as they were."""
+    tree = DraftTree(np.ones(nodes, np.int64), (np.arange(nodes) - 1) // 2, np.ones(nodes, np.float32), ("",) * nodes)
+    for layer, forward in forwards.items():
+        vars(layer)["forward"] = forward  # as cpu.install does, which measures anew each time
+    seconds = timed(partial(hold.forward, [tree]))
+    for layer in forwards:
+        del layer.forward
+    hold.keep([[]])
+    return seconds
 
 
 @torch.no_grad()

@@ -26,10 +26,10 @@ def main() -> None:
         old = new = page.read_text()
         for name, text in sections.items():
             new = replaced(new, name, text)
-        if "--check" not in sys.argv[1:]:
-            page.write_text(new)
-        elif new != old:
+        if new != old and "--check" in sys.argv[1:]:
             sys.exit(f"{page}: its figures are not those of {results}; run python benchmarks/figures.py")
+        if new != old:
+            page.write_text(new)
 
 
 def replaced(text: str, name: str, figures: str) -> str:

@@ -49,27 +49,44 @@ def install(model: nn.Module) -> str:
     whole, single = [layer for layer in model.modules() if fits(layer)], _linear_layers(model)
     if not single:
         return ""
-    few, shared = _few([layer.weight.detach() for layer in single]), Shared()
-    before = _logits(model) if whole else None
-    for layer in whole:
-        layer.forward = ShortLayer(layer, few, shared)
-    reason = _difference(before, _logits(model)) if whole else ""
-    if reason:
-        remove(model)
-        reason = f"decoder layers keep their own passes: {reason}"
-    replaced = [] if reason else whole
-    inside = {part for layer in replaced for part in layer.modules()}
+    try:
+        few = _few([layer.weight.detach() for layer in single])
+    except ValueError as error:  # numba finds no library for threads that many callers may share
+        return f"no CPU kernels: {str(error).splitlines()[0]}"
+    reason = _replace(model, whole, few) if whole else ""
+    inside = {part for layer in model.modules() if _is(layer, ShortLayer) for part in layer.modules()}
     for layer in single:
         if layer not in inside:  # there, its own pass has more rows than pay
             layer.forward = ShortPass(layer, few)  # type: ignore[method-assign, assignment]
     return reason
 
 
+def _replace(model: nn.Module, layers: Sequence[Any], few: int) -> str:
+    """Give ``layers`` a ``ShortLayer`` each, unless that changes what the model says; why not, or ""."""
+    before, shared = _logits(model), Shared()
+    for layer in layers:
+        layer.forward = ShortLayer(layer, few, shared)
+    reason = _difference(before, _logits(model)) or ("" if shared.used else "they would not run")
+    if not reason:
+        return ""
+    remove(model)
+    return f"decoder layers keep their own passes: {reason}"
+
+
+def installed(model: nn.Module) -> bool:
+    """Whether any layer has been changed by ``install``."""
+    return any(_is(layer, (ShortPass, ShortLayer)) for layer in model.modules())
+
+
 def remove(model: nn.Module) -> None:
     """Give every layer changed by ``install`` its own ``forward`` back."""
     for layer in model.modules():
-        if isinstance(vars(layer).get("forward"), (ShortPass, ShortLayer)):
+        if _is(layer, (ShortPass, ShortLayer)):
             del layer.forward
+
+
+def _is(layer: nn.Module, kind: Any) -> bool:
+    return isinstance(vars(layer).get("forward"), kind)
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:

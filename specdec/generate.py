@@ -203,7 +203,7 @@ def speculating(
 ) -> Iterator[Any]:
     """The model wrapped inside the ``with`` block, as it was before after it. Takes what ``wrap`` takes."""
     inner = _inner(model)
-    before = vars(inner).get("generate")
+    before, had_kernels = vars(inner).get("generate"), cpu.installed(inner)
     wrap(model, drafter, policy, verifier, on_unsupported, namespace, cpu_kernels)
     try:
         yield model
@@ -211,6 +211,8 @@ def speculating(
         unwrap(model)
         if before is not None:
             inner.generate = before
+        if had_kernels:
+            cpu.install(inner)
 
 
 def stats(model: nn.Module) -> Stats:

@@ -18,7 +18,8 @@ PARTS = {
     "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn"),
 }
 NORMS_OF_HEADS = ("q_norm", "k_norm")
-IGNORED = ("position_ids", "use_cache", "cache_position")  # arguments that say nothing which is not said otherwise
+# Arguments that say nothing which is not said otherwise; hidden states are taken from outside the layer.
+IGNORED = ("position_ids", "use_cache", "cache_position", "output_hidden_states")
 TAKEN = ("sdpa", "specdec")  # attention implementations whose masks say True where to attend
 NONE = np.empty(0, np.float32)
 RECORDING = "transformers.utils.output_capturing"  # its hooks stay for good, and take nothing from sdpa's attention
@@ -139,6 +140,11 @@ class Shared:
     def __init__(self) -> None:
         self._last: Any = (None, None, ())
 
+    @property
+    def used(self) -> bool:
+        """Whether any pass has been run."""
+        return bool(self._last[2])
+
     def read(
         self, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, batch: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -223,7 +229,7 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray:
     if tensor is None:
         return NONE
     numbers = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
-    return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
+    return np.ctypeslib.as_array(numbers).reshape(tensor.shape)
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:

@@ -451,20 +451,7 @@ def test_a_made_up_text_leaves_the_model_as_it_was(model):
     cost = script("cost")
     hold = cost.held(model, cost.attach.attach(model).form, 40)
     assert (hold.lengths, hold.cache.lengths) == ([40], [40])
-    tree = cost.DraftTree.root(3)
-    assert set(cost.in_turns({"plain": hold, "ours": hold}, {model.lm_head: model.lm_head.forward}, tree, 1)) == {
-        "plain", "ours",
-    }  # fmt: skip
-    assert hold.cache.lengths == [40]
+    for nodes in (1, 5):
+        assert cost.pass_time(hold, nodes, {model.lm_head: model.lm_head.forward}) > 0
+        assert hold.cache.lengths == [40]
     assert "forward" not in vars(model.lm_head)
-
-
-def test_figures_go_between_the_markers(figures, tmp_path):
-    begin, end = "<!-- speeds: written by benchmarks/figures.py -->", "<!-- end of speeds -->"
-    text = f"before\n{begin}\nold\n{end}\nafter\n"
-    once = figures.replaced(text, "speeds", "new")
-    assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
-    assert figures.replaced(once, "speeds", "new") == once
-    assert figures.figures(tmp_path) == "not measured yet"
-    with pytest.raises(ValueError, match="unpack"):
-        figures.replaced("no markers", "speeds", "new")

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec.policies import FixedPolicy
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
@@ -20,7 +21,10 @@ PUBLIC = {
         "Budget", "Context", "DraftTree", "Drafter", "Policy", "SpecdecWarning", "Speculate", "Stats", "Verdict",
         "Verifier", "__version__", "speculating", "stats", "unwrap", "wrap",
     },
-    "specdec.drafters": {"MergedDrafter", "NgramDrafter", "RecyclingDrafter"},
+    "specdec.drafters": {
+        "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter", "RetrievalDrafter",
+        "SuffixDrafter",
+    },
     "specdec.verifiers": {"PathwiseVerifier"},
     "specdec.policies": {"FixedPolicy", "ThroughputPolicy"},
 }  # fmt: skip
@@ -104,7 +108,7 @@ def test_the_readmes_own_drafter_works():
     plain = model.generate(ids, max_new_tokens=30, do_sample=False)
     scope: dict[str, type] = {}
     exec(blocks()[2], scope)
-    specdec.wrap(model, drafter=scope["LastSeen"]())
+    specdec.wrap(model, drafter=scope["LastSeen"](), policy=FixedPolicy(4, 4, 1))  # on so small a model none would pay
     assert model.generate(ids, max_new_tokens=30, do_sample=False).tolist() == plain.tolist()
     assert specdec.stats(model).by_drafter["last-seen"]["accepted"] > 0
     assert not specdec.stats(model).faults

@@ -1,4 +1,4 @@
-"""Whole decoder layers in two calls: the model's own logits and texts, and the layer's own pass wherever ours is not it."""
+"""Whole decoder layers in two calls: the model's own logits and texts, and its own pass wherever ours is not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -21,14 +22,19 @@ from specdec import cpu
 from specdec.cache import SlotCache
 from specdec.policies import FixedPolicy
 from specdec.short_layer import ShortLayer, fits
-from tests.tiny import VOCAB, Oracle, padded, prompt, same
+from tests.tiny import Oracle, padded, prompt, same
 from tests.tiny import model as tiny_model
 
 WHOLE: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    "Mistral": {"sliding_window": 6, "head_dim": 32},
+    "Mistral": {"sliding_window": 10, "head_dim": 32},
     "Qwen2": {"hidden_size": 128},  # biases of queries, keys and values
-    "Qwen3": {"head_dim": 80, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
+    "Qwen3": {
+        "head_dim": 80,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 10,
+    },
     "Glm4Moe": {"head_dim": 32, "first_k_dense_replace": 2, "partial_rotary_factor": 0.5, "use_qk_norm": True},
     "Granite": {"head_dim": 16},  # multipliers of one
 }
@@ -37,7 +43,7 @@ NOT: dict[str, dict[str, Any]] = {
     "Granite": {"head_dim": 16, "residual_multiplier": 0.5},
     "SmolLM3": {"hidden_size": 128, "no_rope_layers": [1, 0]},
     "Gemma": {"head_dim": 16},  # norms by 1 + weight
-    "Helium": {"head_dim": 16},  # pairs of neighbours are turned
+    "Helium": {"hidden_size": 64, "head_dim": 16},  # pairs of neighbours are turned
     "Ernie4_5": {"head_dim": 16},
     "Ministral3": {"head_dim": 16},  # scores grow with the position, far beyond what a short proof sees
     "Cohere": {"hidden_size": 128},
@@ -47,9 +53,13 @@ NOT: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without measuring, so that the same passes are ours on every machine."""
+def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without measuring, and in one thread, so that the same passes are ours on every machine."""
     monkeypatch.setattr(cpu, "_few", lambda weights: 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -116,7 +126,7 @@ class TestNumbers:
         for size, expected in zip(sizes, own, strict=True):
             alike(logits(model, *size), expected)
         assert set(runs) == set(layers)
-        assert min(runs.values()) == 2 * len(sizes)
+        assert min(runs.values()) == 2 * len(sizes) - 4  # one prompt alone has no mask, and is not ours
 
     def test_ragged_trees(self, kind: str, runs: Counter[Any]) -> None:
         if "sliding_window" in WHOLE[kind]:
@@ -126,7 +136,7 @@ class TestNumbers:
         quick(model)
         runs.clear()
         alike(self._tree(model), own)
-        assert sum(runs.values()) == 4
+        assert sum(runs.values()) == 2
 
     @staticmethod
     @torch.no_grad()
@@ -172,10 +182,9 @@ class TestNumbers:
 @pytest.mark.parametrize("kind", NOT)
 def test_other_layers_keep_their_own_pass(kind: str) -> None:
     model = tiny_model(kind, **NOT[kind])
-    own = logits(model)
-    reason = cpu.install(model)
+    own, tried = logits(model), any(map(fits, model.modules()))
+    assert bool(cpu.install(model)) == tried
     assert whole(model) == []
-    assert bool(reason) == any(fits(layer) for layer in model.modules() if "self_attn" in layer._modules)
     alike(logits(model), own)
 
 
@@ -193,6 +202,7 @@ def test_what_a_proof_by_numbers_might_miss_does_not_fit() -> None:
         lambda it: it.half(),
     ):
         other = copy.deepcopy(layer)
+        assert fits(other)
         spoil(other)
         assert not fits(other)
 
@@ -286,11 +296,16 @@ class TestItsOwnPass:
         self._falls_back(model, expected, runs, 1)
 
     def test_arguments_by_position(self) -> None:
-        layer, plain = quick(build()).model.layers[0], build().model.layers[0]
-        x, cos = torch.randn(1, 3, 32), torch.randn(1, 3, 16)
-        with torch.no_grad():
-            ours, own = (each(x, None, None, None, False, (cos, cos)) for each in (layer, plain))
-        assert torch.equal(ours, own)
+        x, turn, mask = torch.randn(1, 1, 32), torch.randn(1, 1, 16), torch.tensor([[[[True, False, True]]]])
+        own, ours = build(), quick(build())
+
+        @torch.no_grad()
+        def run(model: Any) -> torch.Tensor:
+            cache = DynamicCache(config=model.config)
+            model(prompt(2), past_key_values=cache)
+            return model.model.layers[0](x, mask, past_key_values=cache, position_embeddings=(turn, turn))
+
+        alike(run(ours), run(own))
 
 
 class TestWeights:
@@ -322,7 +337,7 @@ class TestWeights:
             if way in ("data", "bias"):
                 parameter.data = new.clone()
             elif way == "turned":
-                parameter.data = new.T.clone().T if new.ndim == 2 else new.clone()
+                parameter.data = new.T.contiguous().T if new.ndim == 2 else new.clone()
         if way in ("copied", "assigned"):
             model.load_state_dict(other.state_dict(), assign=way == "assigned")
         elif way == "moved and back":
@@ -388,16 +403,13 @@ def test_threads_may_generate_at_once(models: int) -> None:
 
 
 def test_torchs_number_of_threads_is_taken() -> None:
-    model, before = build(), torch.get_num_threads()
+    model = build()
     own = logits(model, 2)
     quick(model)
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            alike(logits(model, 2), own)
-            assert model.model.layers[0].forward.shared._last[2][3] == threads
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        alike(logits(model, 2), own)
+        assert model.model.layers[0].forward.shared._last[2][3] == threads
 
 
 @pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}])
@@ -405,15 +417,11 @@ def test_all_that_generate_returns(arguments: dict[str, Any], runs: Counter[Any]
     told = {"return_dict_in_generate": True, "output_hidden_states": True, "output_logits": True, **padded(9, 5)}
     model = build()
     own = model.generate(**told, **arguments, max_new_tokens=6, do_sample=False)
-    ours = quick(model).generate(**told, **arguments, max_new_tokens=6, do_sample=False)
+    quick(model)
+    runs.clear()
+    ours = model.generate(**told, **arguments, max_new_tokens=6, do_sample=False)
     assert torch.equal(ours.sequences, own.sequences)
     alike(torch.stack(ours.logits), torch.stack(own.logits))
-    hidden = (
-        [[torch.stack(step)[:, ~pads] for step in out.hidden_states] for out in (ours, own) for pads in (slice(0),)]
-        if False
-        else None
-    )
-    assert hidden is None
     for step, expected in zip(ours.hidden_states, own.hidden_states, strict=True):
         assert len(step) == len(expected) == 3
         alike(torch.stack(step)[:, 0], torch.stack(expected)[:, 0])
@@ -451,4 +459,20 @@ def test_a_compiled_model() -> None:
 def test_sampling_with_drafts_is_seed_exact() -> None:
     model = quick(build("Qwen3"))
     same(model, {"inputs": prompt(), "max_new_tokens": 20, "do_sample": True})
-    assert VOCAB > 0
+
+
+def test_kernels_are_there_again_after_a_block_of_other_speculation() -> None:
+    target = tiny_model("Llama", head_dim=16)
+    specdec.wrap(target, cpu_kernels=True)
+    with specdec.speculating(target, drafter="ngram"):
+        assert not cpu.installed(target)
+    assert cpu.installed(target)
+    assert not cpu.installed(specdec.unwrap(target))
+
+
+def test_layers_that_would_not_run_are_not_replaced() -> None:
+    """Nothing would be proved: eager attention is not ours to stand in for."""
+    target = tiny_model("Llama", head_dim=16)
+    target.set_attn_implementation("eager")
+    assert "would not run" in cpu.install(target)
+    assert all(not isinstance(vars(layer).get("forward"), ShortLayer) for layer in target.modules())

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int32
 from numba import njit
 
+from specdec.calibration import count
 from specdec.core import Verdict
-from specdec.drafters.calibration import count
 
 EMPTY = -1
 _FEWEST_ROWS = 1024

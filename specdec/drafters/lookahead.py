@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from specdec import storage, trees
+from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import lookahead_numba as kernels
 from specdec.drafters import votes
-from specdec.drafters.calibration import Acceptance
 from specdec.drafters.trie import Trie
 
 KIND, VERSION = "lookahead", 1

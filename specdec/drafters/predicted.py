@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specdec import trees
+from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import predicted_numba as kernels
-from specdec.drafters.calibration import Acceptance
 
 
 class Course(NamedTuple):

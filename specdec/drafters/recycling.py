@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specdec import trees
+from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import recycling_file
 from specdec.drafters.adjacency import Adjacency, count_ranks
-from specdec.drafters.calibration import Acceptance
 from specdec.drafters.recycling_template import paper_template
 
 LEVELS = 8  # depths told apart when ranks are counted; deeper nodes count as the last

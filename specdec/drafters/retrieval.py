@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from specdec import trees
+from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import retrieval_numba as kernels
 from specdec.drafters import votes
-from specdec.drafters.calibration import Acceptance
 from specdec.drafters.corpus import Corpus
 
 Guess = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and kinds

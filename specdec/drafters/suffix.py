@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specdec import trees
+from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.drafters import suffix_draft_numba, suffix_file
-from specdec.drafters.calibration import Acceptance
 from specdec.drafters.suffix_tree import Draft, SuffixTree
 
 _NOTHING = Budget(nodes=0, depth=0, width=0)
