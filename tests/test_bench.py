@@ -270,6 +270,7 @@ def test_a_rival_that_fails_on_some_prompt_is_left_out(model, monkeypatch):
     comparison.time(1)
     assert comparison.unavailable == {"compiled": "on sql (prompt 2): RuntimeError: no compiler"}
     assert {r["method"] for r in report.results(comparison)} == {"plain"}
+    assert [r["speedup"] for r in report.results(comparison, "compiled")] == [None] * 3
 
 
 def test_our_own_errors_are_not_a_rivals(model):
@@ -423,6 +424,7 @@ def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
     assert "1.50x" not in figures.figures(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_pass_costs(model, figures, tmp_path, monkeypatch, capsys):
     cost = script("cost")
     model.save_pretrained(tmp_path / "model")

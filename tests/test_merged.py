@@ -1,11 +1,13 @@
 """MergedDrafter: one tree of many, compared fairly, cut to the budget; a bad part harms nobody."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from specdec import trees
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
-from specdec.drafters import MergedDrafter, NgramDrafter, RecyclingDrafter
+from specdec.drafters import LookaheadDrafter, MergedDrafter, NgramDrafter, RecyclingDrafter, SuffixDrafter
 from specdec.drafters.merged import FAULTS_KEPT
 from tests.simulation import Clock, Paced
 
@@ -335,3 +337,41 @@ def test_where_nothing_is_wanted_parts_only_catch_up_and_owe_nothing():
     assert (part.asked, part.told) == (0, 50)
     play(drafter, lambda: [1, 1], 1)
     assert part.asked == 1
+
+
+class TestFile:
+    """What the parts have learnt, in one file."""
+
+    @staticmethod
+    def learnt(text: list[int], k: int = 8) -> MergedDrafter:
+        merged = MergedDrafter([NgramDrafter(), SuffixDrafter(), LookaheadDrafter(), RecyclingDrafter(k=k)])
+        context = Context(text[:1])
+        context.extend(Verdict(DraftTree.root(text[0]), np.zeros(1, np.int64), np.array(text[1:]), prompt=True))
+        context.finished = True
+        merged.draft([context], [Budget(0, 0, 0)])
+        return merged
+
+    def test_a_loaded_drafter_guesses_what_the_saved_one_does(self, tmp_path: Path) -> None:
+        saved, fresh = self.learnt([5, 6, 7, 8, 9, 5, 6, 7]), self.learnt([0, 1])
+        budget = [Budget(8, 8, 2)]
+        due, before = (each.draft([Context([6, 7])], budget)[0].tokens.tolist() for each in (saved, fresh))
+        saved.save(tmp_path / "file")
+        fresh.load(tmp_path / "file")
+        assert len(due) > 2
+        assert before != due
+        assert fresh.draft([Context([6, 7])], budget)[0].tokens.tolist() == due
+        fresh.reset()
+        assert fresh.draft([Context([6, 7])], budget)[0].tokens.tolist() == [7]
+        assert saved.bytes_used > 0
+
+    def test_what_does_not_suit_one_part_changes_none(self, tmp_path: Path) -> None:
+        self.learnt([5, 6, 7, 8], k=4).save(tmp_path / "file")
+        ours = self.learnt([5, 6, 9, 9])
+        with pytest.raises(ValueError, match="k=8"):
+            ours.load(tmp_path / "file")
+        assert ours.draft([Context([5, 6])], [Budget(1, 1, 1)])[0].tokens.tolist() == [6, 9]
+
+    def test_a_file_of_other_drafters(self, tmp_path: Path) -> None:
+        MergedDrafter([NgramDrafter()]).save(tmp_path / "file")
+        with pytest.raises(ValueError, match=r"of the drafters \['ngram'\]"):
+            self.learnt([1, 2]).load(tmp_path / "file")

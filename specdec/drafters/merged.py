@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from specdec import trees
 from specdec.allowance import Allowance, Typical
 from specdec.calibration import KINDS, Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, Drafter, DraftTree
+from specdec.drafters import merged_file
 from specdec.drafters import merged_numba as kernels
 
 FAULTS_KEPT = 32
@@ -75,6 +78,33 @@ class MergedDrafter:
             if wanted:
                 context.scratch[self] = Last(len(context.tokens), self.clock(), asked)
         return [self._union(*each) for each in zip(contexts, budgets, zip(*drafted, strict=True), strict=True)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the parts have learnt to one file, which changes at once or, on OSError, not at all."""
+        merged_file.write(path, self.drafters)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace what the parts have learnt by what ``save`` wrote; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, of other drafters, or does not suit one of them.
+        """
+        merged_file.read(path, self.drafters)
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Have the parts forget one namespace, or everything."""
+        parts: tuple[Any, ...] = self.drafters
+        for part in parts:
+            if namespace is None and hasattr(part, "reset"):
+                part.reset()
+            elif hasattr(part, "save"):  # what cannot be saved keeps nothing by namespace
+                part.reset(namespace)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes held by all parts that say what they hold."""
+        return sum(getattr(part, "bytes_used", 0) for part in self.drafters)
 
     def take_faults(self) -> list[tuple[str, str]]:
         """Hand over ``faults``, so that each is counted once."""
