@@ -150,7 +150,7 @@ def wrap(
     verifier: PathwiseVerifier | str = "pathwise",
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
-    cpu_kernels: bool = False,
+    cpu_kernels: bool | None = None,
 ) -> Any:
     """Make ``model.generate`` speculative, in place; everything it takes and returns stays the same.
 
@@ -159,8 +159,9 @@ def wrap(
     Args:
         model: a transformers causal language model, or a PEFT model around one.
         drafter, policy, verifier, on_unsupported, namespace: see ``Speculate``.
-        cpu_kernels: also make float32 layers on the CPU quicker for short passes, which every step of decoding is;
-            results differ from torch's own by rounding.
+        cpu_kernels: whether to make float32 layers on the CPU quicker for short passes too, which every step of
+            decoding is; results differ from torch's own by rounding. None: where that can be done, and no word where
+            it cannot.
 
     Returns:
         The same object.
@@ -174,7 +175,8 @@ def wrap(
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
     unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))
-    if cpu_kernels and (reason := cpu.install(inner)):
+    reason = "" if cpu_kernels is False else cpu.install(inner)
+    if reason and cpu_kernels:
         parts.stats.reason(reason)
     return model
 
@@ -199,7 +201,7 @@ def speculating(
     verifier: PathwiseVerifier | str = "pathwise",
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
-    cpu_kernels: bool = False,
+    cpu_kernels: bool | None = None,
 ) -> Iterator[Any]:
     """The model wrapped inside the ``with`` block, as it was before after it. Takes what ``wrap`` takes."""
     inner = _inner(model)

@@ -222,8 +222,8 @@ def test_demo_shows_every_kind_of_work(tiny, monkeypatch, short):
     result = invoke("demo", "--quick")
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert len({row[0] for row in rows if row[1:2] == ["auto"]}) >= 7
-    assert all(row[3] == "yes" for row in rows if row[1:2] == ["auto"])
+    assert len({row[0] for row in rows if row[1:2] == ["auto+kernels"]}) >= 7
+    assert all(row[3] == "yes" for row in rows if row[1:2] == ["auto+kernels"])
 
 
 def test_demo_fails_when_tokens_differ(tiny, monkeypatch, short):
@@ -241,7 +241,7 @@ def test_demo_fails_when_tokens_differ(tiny, monkeypatch, short):
     monkeypatch.setattr(demo, "demo_path", lambda: demo.Path(tiny))
     result = invoke("demo", "--quick")
     assert result.exit_code == 1
-    assert "differs: auto on chat (prompt 0): token 31" in result.stdout
+    assert "differs: auto+kernels on chat (prompt 0): token 31" in result.stdout
 
 
 def test_a_model_that_cannot_be_fetched_is_told_in_a_line(monkeypatch):

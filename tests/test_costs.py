@@ -157,7 +157,7 @@ class TestAttaching:
         attach.attach(tiny.model())
         for path in home.glob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:-9])
-        model = specdec.wrap(tiny.model())
+        model = specdec.wrap(tiny.model(), cpu_kernels=False)
         with pytest.warns(specdec.statistics.SpecdecWarning, match="measured anew"):
             model.generate(prompt(), max_new_tokens=4)
         assert any("damaged" in reason for reason in specdec.stats(model).reasons)

@@ -464,7 +464,7 @@ def test_sampling_with_drafts_is_seed_exact() -> None:
 def test_kernels_are_there_again_after_a_block_of_other_speculation() -> None:
     target = tiny_model("Llama", head_dim=16)
     specdec.wrap(target, cpu_kernels=True)
-    with specdec.speculating(target, drafter="ngram"):
+    with specdec.speculating(target, cpu_kernels=False):
         assert not cpu.installed(target)
     assert cpu.installed(target)
     assert not cpu.installed(specdec.unwrap(target))
@@ -476,3 +476,17 @@ def test_layers_that_would_not_run_are_not_replaced() -> None:
     target.set_attn_implementation("eager")
     assert "would not run" in cpu.install(target)
     assert all(not isinstance(vars(layer).get("forward"), ShortLayer) for layer in target.modules())
+
+
+def test_on_by_default_and_off_on_demand() -> None:
+    target = tiny_model("Llama", head_dim=16)
+    assert cpu.installed(specdec.wrap(target))
+    assert not cpu.installed(specdec.wrap(target, cpu_kernels=False))
+
+
+def test_a_refusal_is_told_where_kernels_were_asked_for() -> None:
+    target = tiny_model("Granite", head_dim=16, residual_multiplier=0.5)
+    assert not specdec.stats(specdec.wrap(target)).reasons
+    with pytest.warns(specdec.SpecdecWarning, match="keep their own passes"):
+        specdec.wrap(target, cpu_kernels=True)
+    assert specdec.stats(target).reasons

@@ -69,7 +69,9 @@ def prepare(model: Any, name: str) -> Method:
         with _rival(name):
             return Method(name, *_made(view, bare), kernels=kernels, by_step=bare != "economize")
     drafter, policy = _parts(bare)
-    return Method(name, specdec.wrap(view, drafter=drafter, policy=policy), wrapped=True, kernels=kernels)
+    return Method(
+        name, specdec.wrap(view, drafter=drafter, policy=policy, cpu_kernels=False), wrapped=True, kernels=kernels
+    )
 
 
 def known(name: str) -> str:

@@ -89,7 +89,7 @@ def _ratio(part: float, whole: float) -> float:
 def overhead(model: Any, asks: Sequence[Ask], max_new_tokens: int) -> dict[str, Any]:
     """Seconds of a step outside the target's pass over seconds in it, with token recycling at 64 nodes."""
     view = prepare(model, BASELINE).model
-    wrapped = specdec.wrap(view, drafter="recycling", policy=FixedPolicy(64, 8, 8))
+    wrapped = specdec.wrap(view, drafter="recycling", policy=FixedPolicy(64, 8, 8), cpu_kernels=False)
     method = Method("recycling", wrapped, wrapped=True)
     measure(method, asks[0].ids, max_new_tokens)
     specdec.stats(wrapped).reset()

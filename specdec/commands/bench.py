@@ -84,7 +84,7 @@ def demo(
 
     target, tokenizer = console.load("demo")
     prompts = first_of_each(own(), 1 if quick else 2)
-    comparison = _compare(target, tokenizer, prompts, ["auto"], 32 if quick else 64, 1)
+    comparison = _compare(target, tokenizer, prompts, ["auto+kernels"], 32 if quick else 64, 1)
     _show(comparison)
     raise typer.Exit(1 if comparison.differences else 0)
 
