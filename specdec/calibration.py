@@ -75,6 +75,16 @@ def believed() -> Float[np.ndarray, " kinds"]:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def magnitude(x: int, most: int) -> int:
+    """0, 1, 2-3, 4-7, ... as 0, 1, 2, 3, ..., ``most`` at most."""
+    bits = 0
+    while x > 0 and bits < most:
+        x >>= 1
+        bits += 1
+    return bits
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def count(accepted: np.ndarray, offered: np.ndarray, kind: int, hit: bool, most: float = MOST) -> None:
     """One more guess of a kind, and whether it came true; counts are halved when there are ``most``."""
     if offered[kind] >= most:

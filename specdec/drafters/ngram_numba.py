@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from specdec.calibration import magnitude
+
 EMPTY = -1
 LONGEST = 64  # matches are measured up to here: longer ones are no surer
 VISITS = 16  # occurrences of one n-gram looked at, at most
@@ -114,23 +116,13 @@ def _insert(ends: np.ndarray, lengths: np.ndarray, found: int, end: int, length:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _magnitude(x: int, most: int) -> int:
-    """0, 1, 2-3, 4-7, ... as 0, 1, 2, 3, ..., ``most`` at most."""
-    bits = 0
-    while x > 0 and bits < most:
-        x >>= 1
-        bits += 1
-    return bits
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _kind(match: int, votes: int, against: int, older: bool) -> int:
     """What tells how sure a copied token is, as one number: an index of [8, 4, 4, 2], flattened.
 
     The length of the match at its parent (each accepted token lengthens it by one), how many of the occurrences that
     reach the parent go on with this token and how many with others, and whether a better occurrence did the latter.
     """
-    kind: int = (_magnitude(match, 7) * 4 + _magnitude(votes, 3)) * 8 + _magnitude(against, 3) * 2 + older
+    kind: int = (magnitude(match, 7) * 4 + magnitude(votes, 3)) * 8 + magnitude(against, 3) * 2 + older
     return kind
 
 

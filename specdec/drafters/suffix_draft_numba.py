@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from specdec.calibration import magnitude
 from specdec.drafters.suffix_tree_numba import (
     COUNT,
     END,
@@ -215,16 +216,6 @@ def _insert(
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _magnitude(x: int, most: int) -> int:
-    """0, 1, 2-3, 4-7, ... as 0, 1, 2, 3, ..., ``most`` at most."""
-    bits = 0
-    while x > 0 and bits < most:
-        x >>= 1
-        bits += 1
-    return bits
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _kind(match: int, count: int, share: float, is_shared: bool) -> int:
     """What tells how sure a guess is, as one number: an index of ``SHAPE``, flattened.
 
@@ -232,5 +223,5 @@ def _kind(match: int, count: int, share: float, is_shared: bool) -> int:
     the tree has seen it, and its share of what it has seen there.
     """
     bucket = 0 if share < 0.3 else 1 if share < 0.6 else 2 if share < 0.95 else 3
-    kind: int = ((is_shared * 8 + _magnitude(match, 7)) * 4 + _magnitude(count, 4) - 1) * 4 + bucket
+    kind: int = ((is_shared * 8 + magnitude(match, 7)) * 4 + magnitude(count, 4) - 1) * 4 + bucket
     return kind

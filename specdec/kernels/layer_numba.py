@@ -114,10 +114,7 @@ def _norm(x: Any, weight: Any, eps: float, y: Any) -> None:
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _head(normed: Any, w: Any, bias: Any, y: Any, first: int, dim: int) -> None:
     outputs_of(normed, w, y, first, first + dim)
-    if len(bias):
-        for n in range(len(y)):
-            for i in range(first, first + dim):
-                y[n, i] += bias[i]
+    _add_bias(y, bias, first, first + dim)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
@@ -187,7 +184,15 @@ def _add(y: Any, x: Any, bias: Any, first: int, last: int) -> None:
         total, more = y[n][first:last], x[n][first:last]
         for i in range(len(total)):
             total[i] += more[i]
-        if len(bias):
+    _add_bias(y, bias, first, last)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _add_bias(y: Any, bias: Any, first: int, last: int) -> None:
+    """Add a bias, if there is one, to columns ``first`` to ``last``."""
+    if len(bias):
+        for n in range(len(y)):
+            total = y[n][first:last]
             for i in range(len(total)):
                 total[i] += bias[first + i]
 
@@ -195,12 +200,10 @@ def _add(y: Any, x: Any, bias: Any, first: int, last: int) -> None:
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def _gated(gate: Any, up: Any, gate_bias: Any, up_bias: Any, first: int, last: int) -> None:
     """SwiGLU (Shazeer, arXiv 2002.05202) of columns ``first`` to ``last``, in place of ``gate``."""
+    _add_bias(gate, gate_bias, first, last)
+    _add_bias(up, up_bias, first, last)
     for n in range(len(gate)):
         g, u = gate[n][first:last], up[n][first:last]
-        if len(gate_bias):
-            for i in range(len(g)):
-                g[i] += gate_bias[first + i]
-                u[i] += up_bias[first + i]
         for i in range(len(g)):
             g[i] = g[i] / (np.float32(1) + exp(-g[i])) * u[i]
 
