@@ -23,19 +23,6 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 
 
-def build(kind: str, **changes: Any) -> Any:
-    """A random model of any architecture; every matrix is drawn anew, wide enough for clear choices."""
-    names = {"Gemma3Text": "Gemma3", "Llama4Text": "Llama4"}
-    config = getattr(transformers, f"{kind}Config")(**{**tiny.SIZES, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{names.get(kind, kind)}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.4)
-    return model
-
-
 # level, whether masks go by layer type, whether they are added; then the architecture
 MODELS: dict[str, tuple[str, bool, bool, str, dict[str, Any]]] = {
     "llama": ("tree", False, False, "Llama", {}),
@@ -105,7 +92,7 @@ def call(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_an_architecture(name: str) -> None:
     level, per_type, additive, kind, changes = MODELS[name]
-    model = build(kind, **changes)
+    model = tiny.build(kind, **changes)
     form = attach(model).form
     assert (form.level, form.per_type, form.additive) == (level, per_type, additive)
     assert bool(form.reason) == (level != "tree")
@@ -126,7 +113,7 @@ def test_windows_and_chunks_many_times_over(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("specdec.cache.GROWTH", 8)
     *_, kind, changes = MODELS[name]
     for batch in ({"input_ids": prompt(12)}, padded(12, 5)):
-        tiny.same(build(kind, **changes), batch, max_new_tokens=60, eos_token_id=None)
+        tiny.same(tiny.build(kind, **changes), batch, max_new_tokens=60, eos_token_id=None)
 
 
 HONEST = transformers.LlamaForCausalLM.forward

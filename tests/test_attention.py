@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -47,14 +46,7 @@ HOLED = {"input_ids": tiny.prompt(12), "attention_mask": torch.tensor([[1] * 4 +
 def build(name: str, **changes: Any) -> Any:
     """A random model; every matrix is drawn anew, wide enough for clear choices."""
     *_, kind, given = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**tiny.SIZES, **given, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.4)
-    return model
+    return tiny.build(kind, **{**given, **changes})
 
 
 def spelt(parents: Sequence[int], seed: int) -> DraftTree:

@@ -36,6 +36,18 @@ SIZES: dict[str, Any] = {
 transformers.logging.set_verbosity_error()
 
 
+def build(kind: str, **changes: Any) -> Any:
+    """A random model of any architecture; every matrix is drawn anew, wide enough for clear choices."""
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.4)
+    return model
+
+
 def model(kind: str = "Llama", **changes: Any) -> Any:
     """A random causal LM of a kind named as in transformers, the same at every call, in evaluation mode."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
