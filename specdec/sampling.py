@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class Noise:
 
     def draw(self, probabilities: Float[torch.Tensor, "1 vocab"], row: int, step: int) -> Int[torch.Tensor, " 1"]:
         """What ``torch.multinomial`` over the batch would draw for ``row`` at ``step``."""
-        if not bool(torch.isfinite(probabilities).all()):
+        if not math.isfinite(float(probabilities.sum())):
             return torch.multinomial(probabilities, 1)[0]  # raises as plain generate does
         while self.drawn <= step:
             whole = probabilities.new_empty(self.rows, probabilities.shape[1])
@@ -187,13 +188,21 @@ class Sampler:
 
     def choose(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
         """The group's next tokens; rows that have ended get padding."""
+        scores = self.process(group, logits)
+        return self.padded(group, self._draw(group, scores) if self.sample else scores.argmax(-1))
+
+    def process(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Float[torch.Tensor, "rows vocab"]:
+        """What the processors make of the logits that choose the group's next tokens; both are recorded if wanted."""
         logits = logits.to(copy=True, dtype=torch.float32, device=group.ids.device)
         scores = self.processors(group.ids[:, : group.length], logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
-        tokens = self._draw(group, scores) if self.sample else scores.argmax(-1)
+        return scores
+
+    def padded(self, group: Group, tokens: Int[torch.Tensor, " rows"]) -> Int[torch.Tensor, " rows"]:
+        """The tokens, but padding for rows that have ended."""
         if self.ends:
             assert self.pad is not None, "generate sets a padding token wherever there is an end-of-sequence rule"
             tokens = tokens * group.unfinished + self.pad * (1 - group.unfinished)
