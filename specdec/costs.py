@@ -26,7 +26,8 @@ class Costs:
         T = curve[rows * nodes] + rows * context * (read + attend * nodes)
 
     A linear layer does not know which row a token is of, so their product is what counts there; attention reads each
-    row's keys and values, and computes with them for every node.
+    row's keys and values, and computes with them for every node. No pass is taken to cost more than a larger one: a
+    size that was disturbed when it was timed would else never be chosen, and so never be known better.
 
     Args:
         seconds: of passes over a short text by tokens fed; straight lines are drawn between and beyond them.
@@ -42,7 +43,8 @@ class Costs:
     saved = 0.0
 
     def __init__(self, seconds: Mapping[int, float], read: float = 0.0, attend: float = 0.0) -> None:
-        sizes, times = np.array(sorted(seconds)), np.array([seconds[n] for n in sorted(seconds)])
+        sizes = np.array(sorted(seconds))
+        times = np.minimum.accumulate([seconds[n] for n in sorted(seconds, reverse=True)])[::-1]
         fed = np.arange(1, LARGEST + 1)
         slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
         self.curve = np.interp(fed, sizes, times) + max(0.0, slope) * np.maximum(0, fed - sizes[-1])
@@ -68,6 +70,8 @@ class Costs:
         for _ in range(4):
             likeness *= likeness  # to the power of 16: a step of the curve at some size does not blur much
         self.curve *= np.exp(FRESH * surprise * (SHARED + (1 - SHARED) * likeness))
+        smaller = self.curve[: rows * nodes]
+        np.minimum(smaller, smaller[-1], out=smaller)
 
     def save(self, path: Path) -> None:
         """Write it to ``path``, and from now on ``keep`` it there. Raises OSError where that cannot be written."""

@@ -63,6 +63,13 @@ class TestLearning:
             costs.learn(4, 0, 1, seconds)
             assert costs.curve == pytest.approx(Costs(KERNELS).curve, rel=0.05)
 
+    def test_no_pass_costs_more_than_a_larger_one(self) -> None:
+        costs = Costs({1: 0.02, 4: 0.09, 16: 0.04})
+        assert costs.curve[3] == pytest.approx(0.04)
+        costs.curve[:8] = 0.5
+        costs.learn(16, 0, 1, 0.04)
+        assert costs.curve[:16].max() <= 0.04 * 1.01
+
     def test_nothing_is_learnt_from_nothing(self) -> None:
         costs = Costs(KERNELS)
         costs.learn(4, 0, 1, 0.0)
