@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from transformers.generation import logits_process as process
 from transformers.generation import stopping_criteria as stopping
 from transformers.generation.configuration_utils import GenerationConfig
@@ -160,7 +161,7 @@ class Sampler:
 
     def _rowwise(self, device: torch.device) -> bool:
         return (
-            all(type(part) in ROWWISE and _stateless(part) for part in self.processors)
+            self.foresees
             and all(type(rule) in ROWWISE_CRITERIA for rule in self.criteria)
             # Without an end-of-sequence rule, plain generate goes on writing rows that a rule has ended.
             and (self.ends or all(type(rule) is stopping.MaxLengthCriteria for rule in self.criteria))
@@ -177,14 +178,39 @@ class Sampler:
     @property
     def quick(self) -> bool:
         """Whether a token follows from its row's argmax, its length, and the clock alone."""
-        known = (stopping.MaxLengthCriteria, stopping.MaxTimeCriteria, stopping.EosTokenCriteria)
         return (
             not (self.sample or self.processors)
             and self.scores is None
             and self.logits is None
-            and all(type(rule) in known for rule in self.criteria)
+            and self.brief
             and all(len(group.rows) == 1 for group in self.groups)
         )
+
+    @property
+    def brief(self) -> bool:
+        """Whether stopping rules look at nothing but the last token, the length, and the clock."""
+        known = (stopping.MaxLengthCriteria, stopping.MaxTimeCriteria, stopping.EosTokenCriteria)
+        return all(type(rule) in known for rule in self.criteria)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether processors treat each row by itself and remember nothing, so that they may be shown what may be."""
+        return all(type(part) in ROWWISE and _stateless(part) for part in self.processors)
+
+    @property
+    def records(self) -> bool:
+        """Whether scores or logits are to be returned."""
+        return self.scores is not None or self.logits is not None
+
+    def foresee(
+        self, group: Group, row: int, path: Int[np.ndarray, " path"], logits: Float[torch.Tensor, " vocab"]
+    ) -> Float[torch.Tensor, " vocab"]:
+        """What the processors would make of one row's logits if ``path`` had been committed; needs ``foresees``."""
+        place = group.rows.index(row)
+        committed = group.ids[place : place + 1, : group.length]
+        ids = torch.cat([committed, torch.from_numpy(path[None]).to(committed.device)], dim=1)
+        scores: torch.Tensor = self.processors(ids, logits[None].to(copy=True, dtype=torch.float32, device=ids.device))
+        return scores[0]
 
     def choose(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
         """The group's next tokens; rows that have ended get padding."""
@@ -194,7 +220,7 @@ class Sampler:
     def process(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Float[torch.Tensor, "rows vocab"]:
         """What the processors make of the logits that choose the group's next tokens; both are recorded if wanted."""
         logits = logits.to(copy=True, dtype=torch.float32, device=group.ids.device)
-        scores = self.processors(group.ids[:, : group.length], logits)
+        scores: torch.Tensor = self.processors(group.ids[:, : group.length], logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -220,7 +246,7 @@ class Sampler:
         ids = group.append(tokens)
         for row, token in zip(group.rows, tokens.tolist(), strict=True):
             self.generated[row].append(token)
-        group.unfinished = group.unfinished & ~self.criteria(ids, self.scores)
+        group.unfinished = group.unfinished & ~self._stopped(group, ids)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
         for row, unfinished in zip(group.rows, group.unfinished.tolist(), strict=True):
@@ -233,7 +259,7 @@ class Sampler:
         """``commit`` for a ``quick`` sampler and a group of one row, all on the host; returns whether the row ended."""
         (row,) = group.rows
         self.generated[row].append(token)
-        over = any(self._over(rule, row, token) for rule in self.criteria)
+        over = self._over(row)
         if over:
             group.unfinished = group.unfinished * 0
             self.finished[row] = True
@@ -241,12 +267,23 @@ class Sampler:
             self.streamer.put(torch.tensor([token]))
         return over
 
-    def _over(self, rule: Any, row: int, token: int) -> bool:
+    def _stopped(self, group: Group, ids: Int[torch.Tensor, "rows length"]) -> Bool[torch.Tensor, " rows"]:
+        """Which rows a stopping rule ends; found on the host for a row by itself, which takes a tenth of the time."""
+        if len(group.rows) == 1 and self.brief:
+            return torch.full_like(group.unfinished, self._over(group.rows[0]), dtype=torch.bool)
+        stopped: torch.Tensor = self.criteria(ids, self.scores)
+        return stopped
+
+    def _over(self, row: int) -> bool:
+        """Whether a ``brief`` rule ends a row."""
+        return any(self._ends(rule, row) for rule in self.criteria)
+
+    def _ends(self, rule: Any, row: int) -> bool:
         if type(rule) is stopping.MaxLengthCriteria:
             return bool(self.prompt + len(self.generated[row]) >= rule.max_length)
         if type(rule) is stopping.MaxTimeCriteria:
             return bool(time.time() - rule.initial_timestamp > rule.max_time)
-        return token in rule.eos_token_id.tolist()
+        return self.generated[row][-1] in rule.eos_token_id.tolist()
 
     def sequences(self, input_ids: Int[torch.Tensor, "rows prompt"]) -> Int[torch.Tensor, "rows length"]:
         """Prompts and generated tokens, rows that ended early padded on the right, as ``generate`` returns them."""
