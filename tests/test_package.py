@@ -18,8 +18,8 @@ from specdec.policies import FixedPolicy
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "specdec": {
-        "Budget", "Context", "DraftTree", "Drafter", "Policy", "SpecdecWarning", "Speculate", "Stats", "Verdict",
-        "Verifier", "__version__", "speculating", "stats", "unwrap", "wrap",
+        "Budget", "Context", "DraftTree", "Drafter", "Memory", "Policy", "Session", "SpecdecWarning", "Speculate",
+        "Stats", "Verdict", "Verifier", "__version__", "speculating", "stats", "unwrap", "wrap",
     },
     "specdec.drafters": {
         "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter", "RetrievalDrafter",
@@ -82,9 +82,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "specdec").rglob("*.py")}
+    files = [path for pattern in ("*.py", "*.toml") for path in (ROOT / "specdec").rglob(pattern)]
+    sources = {str(path.relative_to(ROOT)) for path in files}
     assert sources <= names
-    assert {"specdec/py.typed", "specdec/bench/workloads.toml"} <= names
+    assert {"specdec/py.typed", "specdec/bench/workloads/chat.toml"} <= names
     assert {name.split("/")[0] for name in names} == {"specdec", f"specdec_runtime-{specdec.__version__}.dist-info"}
     assert not [name for name in names if re.search(r"test|conftest|\.(nbi|nbc|pyc)$", name)]
     assert "specdec = specdec.cli:app" in entry_points
