@@ -1,11 +1,11 @@
 """SuffixDrafter beside the suffix cache of arctic-inference, on recorded conversations and without a model.
 
-    python benchmarks/suffix_cache.py --tokenizer PATH TRACES.jsonl...
+    python benchmarks/suffix_cache.py --tokenizer PATH TRACES.jsonl... --json benchmarks/results/suffix_cache.json
 
-Each assistant message is replayed against all that came before it, sessions in file order, by every drafter in turn. A
-step drafts, accepts what the recorded response confirms, and commits one token more. Times are of the drafter's own
-calls, the reading of prompts included; the best of several passes. arctic-inference, Snowflake's C++ (Apache-2.0), is
-left out where it is not installed.
+Each assistant message, or row that benchmarks/record.py wrote, is replayed against all that came before it, sessions in
+file order, by every drafter in turn. A step drafts, accepts what the recorded response confirms, and commits one token
+more. Times are of the drafter's own calls, the reading of prompts included; the best of several passes.
+arctic-inference, Snowflake's C++ (Apache-2.0), is left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -159,16 +159,31 @@ def players(nodes: int, max_depth: int = 64) -> Iterator[tuple[str, Callable[[],
 
 
 def read_turns(path: Path, tokenizer: Any) -> list[Turn]:
-    """The assistant messages of a file, each with all that came before it in its conversation."""
+    """The recorded answers of a file, assistant messages among them, each with all that came before it."""
     turns = []
     for line in path.read_text().splitlines():
-        before: list[int] = []
-        for message in json.loads(line)["messages"]:
+        entry, before = json.loads(line), list[int]()
+        if "response" in entry:
+            turns.append((np.array(entry["prompt"], np.int32), np.array(entry["response"], np.int32)))
+        for message in entry.get("messages", []):
             ids = [*tokenizer.encode(message["content"] or "", add_special_tokens=False), tokenizer.eos_token_id]
             if message["role"] == "assistant":
                 turns.append((np.array(before, np.int32), np.array(ids, np.int32)))
             before += ids
-    return [turn for turn in turns if len(turn[0])]
+    return [turn for turn in turns if len(turn[0]) and len(turn[1])]
+
+
+def row(trace: str, who: str, result: Result) -> dict[str, Any]:
+    """What is reported of one replay."""
+    return {
+        "trace": trace,
+        "who": who,
+        "tokens": result.tokens,
+        "tokens_per_step": result.tokens / result.steps,
+        "accepted_of_drafted": (result.tokens - result.steps) / max(result.drafted, 1),
+        "us_per_token": 1e6 * result.seconds / result.tokens,
+        "bytes_per_token": result.memory / result.tokens,
+    }
 
 
 def main() -> None:
@@ -178,11 +193,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a directory or hub id")
     parser.add_argument("--nodes", type=int, default=32, help="guesses per step at most")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to write the figures, too")
     parser.add_argument("--only", nargs="*", help="names of players")
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    rows = []
     print("trace / who: tokens per step, accepted of drafted, us per token, bytes per token")
     for path in arguments.traces:
         turns = read_turns(path, tokenizer)
@@ -191,13 +208,15 @@ def main() -> None:
             replay(make(), turns[:3])  # compiles
         runs = [{name: replay(make(), turns) for name, make in who.items()} for _ in range(arguments.repeats)]
         for name in who:
-            best = min((run[name] for run in runs), key=lambda result: result.seconds)
+            best = row(path.stem, name, min((run[name] for run in runs), key=lambda result: result.seconds))
+            rows.append(best)
             print(
-                f"{path.stem:14} {name:12} {best.tokens / best.steps:6.3f} "
-                f"{(best.tokens - best.steps) / max(best.drafted, 1):6.3f} "
-                f"{1e6 * best.seconds / best.tokens:8.2f} {best.memory / best.tokens:8.0f}",
+                f"{path.stem:20} {name:12} {best['tokens_per_step']:6.3f} {best['accepted_of_drafted']:6.3f} "
+                f"{best['us_per_token']:8.2f} {best['bytes_per_token']:8.0f}",
                 flush=True,
             )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"nodes": arguments.nodes, "replays": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

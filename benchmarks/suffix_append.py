@@ -1,0 +1,85 @@
+"""Ten million tokens appended to a suffix tree: time and memory of each million, below a cap and without one.
+
+    python benchmarks/suffix_append.py --cap 256 --json benchmarks/results/suffix_append.json
+
+Responses of 1000 tokens follow a Markov chain: most tokens are one of a few that may follow the one before, the others
+any; both by Zipf's law. Each run replaces the report's entry for its cap. With a cap the tokens that must go to make
+room are taken out meanwhile; what that takes is in the time of those that come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specdec.drafters.suffix_tree import SuffixTree
+
+MILLION, LENGTH, VOCABULARY, FOLLOWERS = 10**6, 1000, 49_152, 32
+
+
+def millions(seed: int = 0) -> Iterator[np.ndarray]:
+    """A million tokens at a time, int32 [1000 responses, 1000 tokens]."""
+    rng = np.random.default_rng(seed)
+    follows = zipf(rng, (VOCABULARY, FOLLOWERS), VOCABULARY)
+    while True:
+        texts = np.empty((MILLION // LENGTH, LENGTH), np.int32)
+        texts[:, 0] = zipf(rng, len(texts), VOCABULARY)
+        for i in range(1, LENGTH):
+            usual = follows[texts[:, i - 1], zipf(rng, len(texts), FOLLOWERS)]
+            texts[:, i] = np.where(rng.random(len(texts)) < 0.8, usual, zipf(rng, len(texts), VOCABULARY))
+        yield texts
+
+
+def zipf(rng: np.random.Generator, shape: int | tuple[int, int], most: int) -> np.ndarray:
+    """Numbers below ``most``, n about in proportion to 1 / (n + 1)."""
+    return (most ** rng.random(shape)).astype(np.int32) - 1
+
+
+def append(tree: SuffixTree, count: int) -> Iterator[dict[str, Any]]:
+    """Append so many million tokens; what each took."""
+    for million, texts in zip(range(1, count + 1), millions(), strict=False):
+        began = time.perf_counter()
+        for text in texts:
+            tree.extend(text)
+            tree.end()
+        seconds, held = time.perf_counter() - began, len(tree.tokens)
+        yield {
+            "million": million,
+            "us_per_token": 1e6 * seconds / MILLION,
+            "bytes": tree.bytes_used,
+            "tokens_held": held,
+            "bytes_per_token_held": tree.bytes_used / held,
+        }
+
+
+def main() -> None:
+    """Measure one cap, print a row per million, and put the rows into the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cap", type=int, help="MiB; without it nothing is forgotten")
+    parser.add_argument("--millions", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="a report to put the rows into")
+    arguments = parser.parse_args()
+    SuffixTree().extend(next(millions())[0])  # loads or compiles the kernels
+    tree, rows = SuffixTree(max_bytes=arguments.cap and arguments.cap << 20), []
+    print("million: us per token, MiB held, bytes per token held, tokens held")
+    for row in append(tree, arguments.millions):
+        rows.append(row)
+        print(
+            f"{row['million']:4} {row['us_per_token']:8.2f} {row['bytes'] / 2**20:8.0f} "
+            f"{row['bytes_per_token_held']:8.1f} {row['tokens_held']:10}",
+            flush=True,
+        )
+    if arguments.json:
+        report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"append": {}}
+        report["append"]["none" if arguments.cap is None else f"{arguments.cap} MiB"] = rows
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
