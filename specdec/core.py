@@ -10,7 +10,7 @@ A decoding step reads them in this order::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -100,6 +100,7 @@ class Verdict:
             accepted node; as many as ``path`` has nodes. For the prompt's own pass: the first new token alone.
         candidates: the target's most likely next tokens after *every* node, accepted or not, best first, from raw
             logits; ``None`` where no drafter asked for them.
+        likelihood: the target's probability of each candidate, by raw logits; ``None`` unless a trace asked for it.
         hidden: the target's last hidden state at every node; ``None`` where no drafter asked.
         seconds: wall time of the pass that judged it, shared by all rows of its batch.
         prompt: whether this is the prompt's own pass, in which nothing was guessed.
@@ -112,10 +113,27 @@ class Verdict:
     hidden: Float[torch.Tensor, "nodes width"] | None = None
     seconds: float = 0.0
     prompt: bool = False
+    likelihood: Float32[np.ndarray, "nodes k"] | None = None
 
 
 class Unsupported(Exception):  # noqa: N818
     """What was asked cannot be done speculatively; the message says why. Plain ``generate`` can do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the target's next token is chosen, for drafters that would choose alike.
+
+    Attributes:
+        vocab: how many token ids the target knows.
+        sample: whether to sample trees: tokens are drawn, and trees judged by the law that they were drawn from.
+        processors: those of ``generate``'s processors and warpers that may be shown what is only guessed: of ids
+            [rows, length] and logits [rows, vocab] they make logits; None where there are none.
+    """
+
+    vocab: int
+    sample: bool = False
+    processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 class Context:
@@ -129,6 +147,7 @@ class Context:
             budget, so that it may learn the end.
         scratch: what each drafter keeps for this sequence; dies with the context.
         steps: verdicts so far, the prompt's own among them.
+        choice: how its tokens are chosen; None where nobody said.
     """
 
     def __init__(self, prompt: Sequence[int] | np.ndarray, namespace: str = "") -> None:
@@ -138,6 +157,7 @@ class Context:
         self.verdict: Verdict | None = None
         self.finished = False
         self.steps = 0
+        self.choice: Choice | None = None
         self.scratch: dict[Any, Any] = {}
 
     @property

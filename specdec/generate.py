@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,8 @@ from transformers.generation.utils import GenerationMixin
 
 from specdec import cpu
 from specdec.core import Drafter, Policy, Unsupported
-from specdec.speculate import Speculate
+from specdec.recorder import Recorder
+from specdec.speculate import EXIT, Speculate, make_drafter
 from specdec.statistics import Stats
 from specdec.verifiers import PathwiseVerifier
 
@@ -151,6 +153,7 @@ def wrap(
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
     cpu_kernels: bool | None = None,
+    trace: str | Path | Recorder | None = None,
 ) -> Any:
     """Make ``model.generate`` speculative, in place; everything it takes and returns stays the same.
 
@@ -158,7 +161,7 @@ def wrap(
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        drafter, policy, verifier, on_unsupported, namespace: see ``Speculate``.
+        drafter, policy, verifier, on_unsupported, namespace, trace: see ``Speculate``.
         cpu_kernels: whether to make float32 layers on the CPU quicker for short passes too, which every step of
             decoding is; results differ from torch's own by rounding. None: where that can be done, and no word where
             it cannot.
@@ -172,7 +175,9 @@ def wrap(
     inner = _inner(model)
     if not (isinstance(inner, GenerationMixin) or hasattr(inner, "peft_config")):
         raise TypeError(f"wrap: got {type(model).__name__}; give a transformers model with a generate method")
-    parts = Speculate(drafter, policy, verifier, on_unsupported, namespace)
+    if isinstance(drafter, str) and drafter.startswith(EXIT):
+        drafter = make_drafter(drafter, inner)
+    parts = Speculate(drafter, policy, verifier, on_unsupported, namespace, trace)
     unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))
     reason = "" if cpu_kernels is False else cpu.install(inner)
@@ -202,11 +207,12 @@ def speculating(
     on_unsupported: Literal["fallback", "error"] = "fallback",
     namespace: str = "",
     cpu_kernels: bool | None = None,
+    trace: str | Path | Recorder | None = None,
 ) -> Iterator[Any]:
     """The model wrapped inside the ``with`` block, as it was before after it. Takes what ``wrap`` takes."""
     inner = _inner(model)
     before, had_kernels = vars(inner).get("generate"), cpu.installed(inner)
-    wrap(model, drafter, policy, verifier, on_unsupported, namespace, cpu_kernels)
+    wrap(model, drafter, policy, verifier, on_unsupported, namespace, cpu_kernels, trace)
     try:
         yield model
     finally:

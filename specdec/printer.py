@@ -15,7 +15,28 @@ from specdec.statistics import Stats
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
-class Printer:
+class Palette:
+    """Drafters' colours, in the order in which drafters first appear, and how many tokens each has guessed."""
+
+    def __init__(self) -> None:
+        self.shares: Counter[str] = Counter()
+        self._styles: dict[str, str] = {"": ""}
+
+    def style(self, source: str) -> str:
+        """The drafter's colour; none for the target, whose name is empty."""
+        return self._styles.setdefault(source, COLOURS[(len(self._styles) - 1) % len(COLOURS)])
+
+    def legend(self) -> Text:
+        """Which colour is whose, and each one's share of the tokens."""
+        total = max(self.shares.total(), 1)
+        parts = [
+            Text(f"{source or 'target'} {count / total:.0%}", self.style(source))
+            for source, count in self.shares.most_common()
+        ]
+        return Text("  ").join(parts)
+
+
+class Printer(Palette):
     """A streamer for one row that prints to a console.
 
     Text is held back only while its last character is incomplete. ``stats`` says who guessed each token; without it
@@ -23,11 +44,10 @@ class Printer:
     """
 
     def __init__(self, console: Console, tokenizer: Any, stats: Stats | None = None):
+        super().__init__()
         self.console = console
         self.tokenizer = tokenizer
         self.stats = stats
-        self.shares: Counter[str] = Counter()
-        self._styles: dict[str, str] = {"": ""}
         self._line: list[int] = []  # tokens since the last line end: what must be decoded together
         self._printed = 0
         self._prompt_seen = False
@@ -42,19 +62,6 @@ class Printer:
     def end(self) -> None:
         """Print what was held back, and end the line."""
         self._write(self._text()[self._printed :] + "\n")
-
-    def style(self, source: str) -> str:
-        """The drafter's colour, given in the order in which drafters first appear; none for the target."""
-        return self._styles.setdefault(source, COLOURS[(len(self._styles) - 1) % len(COLOURS)])
-
-    def legend(self) -> Text:
-        """Which colour is whose, and each one's share of the tokens."""
-        total = max(self.shares.total(), 1)
-        parts = [
-            Text(f"{source or 'target'} {count / total:.0%}", self.style(source))
-            for source, count in self.shares.most_common()
-        ]
-        return Text("  ").join(parts)
 
     def _print(self, token: int) -> None:
         source = self._source()

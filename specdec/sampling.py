@@ -198,6 +198,12 @@ class Sampler:
         return all(type(part) in ROWWISE and _stateless(part) for part in self.processors)
 
     @property
+    def foreseeing(self) -> LogitsProcessorList | None:
+        """The processors that may be shown what may be; None if there are none."""
+        able = [part for part in self.processors if type(part) in ROWWISE and _stateless(part)]
+        return LogitsProcessorList(able) if able else None
+
+    @property
     def records(self) -> bool:
         """Whether scores or logits are to be returned."""
         return self.scores is not None or self.logits is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,34 +17,40 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attach import Attachment, attach
-from specdec.core import Context, Drafter, Policy, Unsupported
+from specdec.attention import TURN
+from specdec.core import Choice, Context, Drafter, Policy, Unsupported
 from specdec.decoder import Decoder
 from specdec.guard import GuardedDrafter
 from specdec.limits import room, rotary_change
 from specdec.model import Model
 from specdec.policies import ThroughputPolicy
+from specdec.recorder import Recorder, recorder
 from specdec.sampling import Sampler
 from specdec.statistics import Stats
-from specdec.verifiers import PathwiseVerifier
+from specdec.verifiers import PathwiseVerifier, RejectionVerifier
+from specdec.verifiers.traced import TracedVerifier
 
 PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
 PROMPT_LOGITS_ROWS = 32
-CORPUS = "retrieval:"
+CORPUS, SMALL, EXIT = "retrieval:", "small:", "early-exit:"
 
 
 class Speculate:
     """A decoding loop for ``model.generate(..., custom_generate=Speculate())``.
 
     Args:
-        drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", or "retrieval:" and an index.
+        drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", or "retrieval:" and an index,
+            or "small:" and a smaller model, or "early-exit:" and how many of the model's own layers (for ``wrap``).
         policy: a Policy, or "auto": the tree size that measured passes say gives most tokens per second.
-        verifier: a PathwiseVerifier, or "pathwise".
+        verifier: "pathwise", "rejection" for trees that a drafter sampled, or an object with their ``begin``.
         on_unsupported: what to do where speculation cannot give plain ``generate``'s result: "fallback" runs the
             plain loop and says why once, "error" raises.
         namespace: whose memory drafters may use.
+        trace: a file, or a ``Recorder`` of one, to which every step is added; see docs/trace.md. Copies do not record.
 
     Attributes:
         stats: what it has done, over all generations.
+        trial: how a model is put to the self-test.
     """
 
     def __init__(
@@ -52,17 +60,22 @@ class Speculate:
         verifier: PathwiseVerifier | str = "pathwise",
         on_unsupported: Literal["fallback", "error"] = "fallback",
         namespace: str = "",
+        trace: str | Path | Recorder | None = None,
     ) -> None:
         self._arguments = (drafter, policy, verifier, on_unsupported, namespace)
         self.drafter = make_drafter(drafter)
         self.policy = _checked_policy(policy)
-        self.verifier = _checked_verifier(verifier)
+        self.verifier: PathwiseVerifier | TracedVerifier = _checked_verifier(verifier)
+        if trace is not None:
+            kind = ThroughputPolicy if isinstance(self.policy, str) else type(self.policy)
+            self.verifier = TracedVerifier(self.verifier, recorder(trace), self.drafter, kind)
         if on_unsupported not in ("fallback", "error"):
             raise ValueError(f"on_unsupported={on_unsupported!r}: give 'fallback' or 'error'")
         self.on_unsupported = on_unsupported
         self.namespace = namespace
         self.stats = Stats()
         self.why_plain = ""
+        self.trial: Callable[[nn.Module], Attachment] = attach
         self._attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,25 +168,34 @@ class Speculate:
         verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
         self.stats.sources = stats.sources
         contexts, padding = self._contexts(input_ids, target)
+        choice = Choice(logits.shape[-1], sampler.sample and self._weighs, sampler.foreseeing)
+        for context in contexts:
+            context.choice = choice
         for context, verdict in zip(contexts, verifier.first(contexts, logits), strict=True):
             context.extend(verdict)
             stats.observe(verdict)
         limit = room(target.config, sampler.max_length, contexts, padding, earlier)
         Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
 
+    @property
+    def _weighs(self) -> bool:
+        """Whether trees are judged by the law that they were drawn from."""
+        return isinstance(getattr(self.verifier, "verifier", self.verifier), RejectionVerifier)
+
     def attach(self, model: Any) -> tuple[Attachment, Policy]:
         """The model's self-test, done once per attention implementation, and the policy for its pass times."""
-        attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-        known = self._attached.get(model)
-        if known is None or known[0] != attention:
-            found = attach(model)
-            policy = ThroughputPolicy(found.costs) if isinstance(self.policy, str) else self.policy
-            known = self._attached[model] = attention, found, policy
-            self.stats.level = found.form.level
-            if found.form.level == "chain":
-                self.stats.reason(f"{type(model).__name__} takes drafts as chains only: {found.form.reason}")
-            if found.why_timed:
-                self.stats.reason(found.why_timed)
+        with TURN:  # no other thread's pass may have the attention switched meanwhile
+            attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
+            known = self._attached.get(model)
+            if known is None or known[0] != attention:
+                found = self.trial(model)
+                policy = ThroughputPolicy(found.costs) if isinstance(self.policy, str) else self.policy
+                known = self._attached[model] = attention, found, policy
+                self.stats.level = found.form.level
+                if found.form.level == "chain":
+                    self.stats.reason(f"{type(model).__name__} takes drafts as chains only: {found.form.reason}")
+                if found.why_timed:
+                    self.stats.reason(found.why_timed)
         return known[1:]
 
     def _contexts(self, input_ids: torch.Tensor, target: Model) -> tuple[list[Context], list[int]]:
@@ -234,8 +256,11 @@ def check(model: Any, config: GenerationConfig) -> None:
             raise Unsupported(reason)
 
 
-def make_drafter(drafter: Drafter | str) -> Drafter:
+def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
     """The drafter itself, or the one a short name stands for.
+
+    Args:
+        model: the target, for drafters that are made of it.
 
     Raises:
         ValueError: for an unknown name.
@@ -249,27 +274,40 @@ def make_drafter(drafter: Drafter | str) -> Drafter:
         return drafter
     if drafter.startswith(CORPUS):
         return drafters.RetrievalDrafter(drafter.removeprefix(CORPUS))
+    if drafter.startswith(SMALL):
+        return drafters.SmallModelDrafter.load(drafter.removeprefix(SMALL))
+    if drafter.startswith(EXIT):
+        layers = drafter.removeprefix(EXIT)
+        if model is None or not layers.isdecimal():
+            raise ValueError(f"drafter={drafter!r}: give wrap(model, drafter='{EXIT}4'), or an EarlyExitDrafter")
+        return drafters.EarlyExitDrafter(model, int(layers))
     names: dict[str, Any] = {
-        "auto": _auto,
+        "auto": auto_drafter,
         "ngram": drafters.NgramDrafter,
         "suffix": drafters.SuffixDrafter,
         "lookahead": drafters.LookaheadDrafter,
         "recycling": drafters.RecyclingDrafter,
     }
     if drafter not in names:
-        raise ValueError(f"drafter={drafter!r}: known names are {', '.join(names)}, {CORPUS}PATH; or give a Drafter")
+        known = ", ".join([*names, f"{CORPUS}PATH", f"{SMALL}PATH", f"{EXIT}LAYERS"])
+        raise ValueError(f"drafter={drafter!r}: known names are {known}; or give a Drafter")
     made: Drafter = names[drafter]()
     return made
 
 
-def _auto() -> Drafter:
-    """All that learn from text alone, and the target's candidates. The policy cuts trees, so these may be large."""
+def auto_drafter(max_bytes: int = 256 << 20, namespaces: int = 16) -> Drafter:
+    """All that learn from text alone, and the target's candidates. The policy cuts trees, so these may be large.
+
+    Args:
+        max_bytes: of past responses, for each namespace; for all of them, lookahead's tries take a quarter of it more.
+        namespaces: how many are kept.
+    """
     from specdec import drafters
 
-    suffix = drafters.SuffixDrafter(factor=4.0, min_probability=0.02)
-    return drafters.MergedDrafter(
-        [drafters.NgramDrafter(), suffix, drafters.LookaheadDrafter(), drafters.RecyclingDrafter()]
-    )
+    suffix = drafters.SuffixDrafter(factor=4.0, min_probability=0.02, max_bytes=max_bytes, namespaces=namespaces)
+    lookahead = drafters.LookaheadDrafter(max_bytes=max_bytes // 4)
+    recycling = drafters.RecyclingDrafter(namespaces=namespaces)
+    return drafters.MergedDrafter([drafters.NgramDrafter(), suffix, lookahead, recycling])
 
 
 def _checked_policy(policy: Policy | str) -> Policy | str:
@@ -281,11 +319,14 @@ def _checked_policy(policy: Policy | str) -> Policy | str:
 
 
 def _checked_verifier(verifier: PathwiseVerifier | str) -> PathwiseVerifier:
-    if isinstance(verifier, PathwiseVerifier):
+    if not isinstance(verifier, str):
+        if not callable(getattr(verifier, "begin", None)):
+            raise TypeError(f"verifier: got {verifier!r}; give a PathwiseVerifier, a RejectionVerifier, or a name")
         return verifier
-    if verifier != "pathwise":
-        raise ValueError(f"verifier={verifier!r}: the known name is 'pathwise'; or give a PathwiseVerifier")
-    return PathwiseVerifier()
+    names: dict[str, type[PathwiseVerifier]] = {"pathwise": PathwiseVerifier, "rejection": RejectionVerifier}
+    if verifier not in names:
+        raise ValueError(f"verifier={verifier!r}: known names are {', '.join(names)}; or give a verifier")
+    return names[verifier]()
 
 
 def _earlier(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from specdec import trees
 from specdec.core import Verdict
+from specdec.prometheus import exposition
 
 SECONDS = ("prefill", "draft", "verify", "walk", "cache")
 FAULTS_KEPT = 100
@@ -24,6 +25,7 @@ REPORTED = (
     "accepted",
     "acceptance_by_depth",
     "by_drafter",
+    "by_rule",
     "seconds",
     "level",
     "reasons",
@@ -46,6 +48,8 @@ class Stats:
         drafted: guessed nodes verified.
         accepted: guessed nodes that became tokens.
         by_drafter: name -> {"drafted", "accepted"}.
+        drafted_at_depth, accepted_at_depth: depth, from 1 -> steps that guessed, and that accepted, that deep.
+        by_rule: rule of verification -> trees judged by it; "match" is sample and match. Prompts count as empty trees.
         seconds: wall time by part: prefill, draft, verify (the target's passes), walk (choice and stopping rules),
             cache (moving kept KV rows). On a GPU, time not yet waited for shows where the host next waits.
         level: "tree", "chain" or "plain": what the model's self-test allows; None before it.
@@ -71,13 +75,14 @@ class Stats:
         self.steps = self.tokens = self.drafted = self.accepted = 0
         self.seconds = dict.fromkeys(SECONDS, 0.0)
         self.by_drafter: dict[str, dict[str, int]] = {}
+        self.by_rule: Counter[str] = Counter()
         self.faults: list[str] = []
         self.fault_count = 0
         self.lossless = True
         self.sources: list[list[str]] = []
         self._at_fault: set[str] = set()
-        self._depth_drafted: Counter[int] = Counter()
-        self._depth_accepted: Counter[int] = Counter()
+        self.drafted_at_depth: Counter[int] = Counter()
+        self.accepted_at_depth: Counter[int] = Counter()
 
     @property
     def tokens_per_step(self) -> float:
@@ -87,8 +92,8 @@ class Stats:
     @property
     def acceptance_by_depth(self) -> list[float]:
         """For each depth, from 1: of the steps that guessed that deep, the share that accepted that deep."""
-        deepest = max(self._depth_drafted, default=0)
-        return [self._depth_accepted[d] / self._depth_drafted[d] for d in range(1, deepest + 1)]
+        deepest = max(self.drafted_at_depth, default=0)
+        return [self.accepted_at_depth[d] / self.drafted_at_depth[d] for d in range(1, deepest + 1)]
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -119,9 +124,9 @@ class Stats:
         self.drafted += len(verdict.tree) - 1
         self.accepted += accepted
         for d in range(1, depth + 1):
-            self._depth_drafted[d] += 1
+            self.drafted_at_depth[d] += 1
         for d in range(1, accepted + 1):
-            self._depth_accepted[d] += 1
+            self.accepted_at_depth[d] += 1
         self._count_sources(verdict)
 
     def _count_sources(self, verdict: Verdict) -> None:
@@ -130,6 +135,12 @@ class Stats:
             self.by_drafter.setdefault(name, {"drafted": 0, "accepted": 0})["drafted"] += n
         for node in verdict.path[1:].tolist():
             self.by_drafter[source[node]]["accepted"] += 1
+
+    def judge(self, rule: str, trees: int = 1) -> None:
+        """Count trees that a rule of verification has judged."""
+        self.by_rule[rule] += trees
+        if self.parent is not None:
+            self.parent.judge(rule, trees)
 
     def reason(self, text: str) -> None:
         """Note why something is not done as asked; warn the first time it is said."""
@@ -154,7 +165,11 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but ``sources``, as plain Python values, ready for JSON."""
-        return {name: getattr(self, name) for name in REPORTED}
+        return {name: getattr(self, name) for name in REPORTED} | {"by_rule": dict(self.by_rule)}
+
+    def prometheus(self) -> str:
+        """The counts in Prometheus' text format, for a long-running program; docs/metrics.md names them."""
+        return exposition(self)
 
     def __repr__(self) -> str:
         return (

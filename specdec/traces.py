@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int
 from jinja2 import TemplateError
 
+from specdec.trace import read_trace
+
 Messages = Sequence[dict[str, str]]
 
 
@@ -40,7 +42,8 @@ def read(path: Path, tokenizer: Any, namespace: str | None = None) -> Iterator[R
     Each line is a row ``{"session", "prompt", "response"}``, of text or of token ids, or a chat transcript
     ``{"session", "messages"}``, in which each assistant message answers all that stands before it, or a question
     ``{"id", "messages", "reference"}`` with its one answer. A line without ``session`` and ``id`` is a session of its
-    own. Answers without text are passed over.
+    own. Answers without text are passed over. A file that ``wrap(trace=...)`` recorded has the answers of all its
+    generations; a session is what goes by one label.
 
     Args:
         tokenizer: of Hugging Face; its chat template renders transcripts, whose contents are simply joined where it
@@ -52,10 +55,36 @@ def read(path: Path, tokenizer: Any, namespace: str | None = None) -> Iterator[R
         ValueError: a line holds no recorded answer; the message names file and line.
     """
     namespace = str(path) if namespace is None else namespace
+    if _is_recording(path):
+        yield from _recorded(path, namespace)
+        return
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield from _responses(line, tokenizer, namespace, f"{path}, line {number}")
+
+
+def _is_recording(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline()
+    return first.startswith(b"{") and b'"trace"' in first and _type(first) == "trace"
+
+
+def _type(line: bytes) -> Any:
+    try:
+        return json.loads(line).get("type")
+    except ValueError:
+        return None
+
+
+def _recorded(path: Path, namespace: str) -> Iterator[Response]:
+    """The answers of a trace; those whose prompt or answer has no tokens are passed over."""
+    for generation in read_trace(path).generations:
+        for row, prompt in enumerate(generation.prompts):
+            where, answer = f"{path}, generation {generation.id}, row {row}", generation.output(row)
+            if prompt and answer:
+                ids = np.array(prompt, np.int64), np.array(answer, np.int64)
+                yield Response(generation.label or where, *ids, namespace, where)
 
 
 def _responses(line: str, tokenizer: Any, namespace: str, where: str) -> list[Response]:

@@ -1,160 +1,160 @@
-"""The figures of a comparison, the cost of a step beside the target's pass, and the machine they hold for."""
+"""The figures of a comparison, ready for JSON. docs/metrics.md says what each of them means."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
-import transformers
+from specdec.bench.counts import added, by_depth, conditional
+from specdec.bench.disturbance import Disturbance
+from specdec.bench.interval import interval
+from specdec.bench.loops import loops
+from specdec.bench.machine import machine
+from specdec.bench.methods import is_ours
+from specdec.bench.run import BASELINE, Comparison
 
-import specdec
-from specdec.bench.measure import Run, bootstrap, measure
-from specdec.bench.methods import Method, prepare
-from specdec.bench.run import BASELINE, Ask, Comparison
-from specdec.policies import FixedPolicy
+VERSION = 2
+AGAINST = ("plain+kernels", "compiled")  # what speeds are also taken over, besides plain generate
+TIMED = (
+    "tokens_per_second",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "speedup_with_prefill",
+    "prefill_seconds",
+    "speedup_without_loops",
+)
+SHOWN = 300  # characters of a question
+Record = dict[str, Any]
 
-ALL = "all"
+
+def report(comparison: Comparison, name: str, tokenizer: Any, allow_disturbed: bool = False) -> Record:
+    """Everything there is to say of a comparison, but what a step costs.
+
+    Args:
+        name: of the model.
+        tokenizer: to write outputs as text.
+        allow_disturbed: whether to tell speeds that other load has disturbed.
+    """
+    ran = set(comparison.names) - set(comparison.unavailable)
+    watch = comparison.disturbance or Disturbance()
+    made: Record = {
+        "version": VERSION,
+        "machine": machine(comparison.model, name),
+        "max_new_tokens": comparison.max_new_tokens,
+        "repeats": max(map(len, comparison.runs.values())),
+        "results": results(comparison),
+        "against": [r for other in AGAINST if other in ran for r in results(comparison, other)],
+        "parts": parts(comparison),
+        "differences": [{**asdict(d), "text": str(d)} for d in comparison.differences],
+        "disturbance": watch.report(allow_disturbed),
+        "unavailable": comparison.unavailable,
+        "questions": [{"workload": ask.workload, "prompt": ask.text[:SHOWN]} for ask in comparison.asks],
+        "outputs": [tokenizer.decode(comparison.reference(i)) for i in range(len(comparison.asks))],
+    }
+    return withheld(made) if made["disturbance"]["refused"] else made
 
 
-def results(comparison: Comparison, baseline: str = BASELINE) -> list[dict[str, Any]]:
+def withheld(report: Record) -> Record:
+    """The report without any speed: counts and equality are not disturbed by other load."""
+    timeless = dict.fromkeys(TIMED)
+    return report | {
+        "results": [r | timeless for r in report["results"]],
+        "against": [r | timeless for r in report["against"]],
+        "parts": [r | {"seconds": dict.fromkeys(r["seconds"])} for r in report["parts"]],
+    }
+
+
+def results(comparison: Comparison, baseline: str = BASELINE) -> list[Record]:
     """One record per method and workload, and per method over all; no speed where any token differed.
 
     Speedups are over the method ``baseline``, and null where its tokens differed. Rivals that do not run are left out.
     """
-    workloads = list(dict.fromkeys(ask.workload for ask in comparison.asks))
-    groups = workloads if len(workloads) == 1 else [*workloads, ALL]
     names = [name for name in comparison.names if name not in comparison.unavailable]
-    return [_result(comparison, name, baseline, workload) for workload in groups for name in names]
+    return [_result(comparison, name, baseline, workload) for workload in comparison.groups for name in names]
 
 
-def _result(comparison: Comparison, name: str, baseline: str, workload: str) -> dict[str, Any]:
-    prompts = [i for i, ask in enumerate(comparison.asks) if workload in (ALL, ask.workload)]
-    kinds = {comparison.asks[i].workload for i in prompts}
-    equal, comparable = (all(comparison.equal(each, kind) for kind in kinds) for each in (name, baseline))
+def _result(comparison: Comparison, name: str, baseline: str, workload: str) -> Record:
+    prompts = comparison.prompts(workload)
+    equal, comparable = (comparison.equal(each, workload) for each in (name, baseline))
+    looping = [i for i in prompts if loops(comparison.reference(i))]
     record = {
         "method": name,
         "workload": workload,
         "prompts": len(prompts),
-        "tokens": sum(len(comparison.references[i]) for i in prompts),
+        "tokens": sum(len(comparison.reference(i)) for i in prompts),
         "equal": equal,
         "baseline": baseline,
+        "loops": len(looping),
     }
-    return record | _figures(comparison, name, baseline, prompts if equal and comparable else [])
+    shown = prompts if equal and comparable else []
+    straight = comparison.ratios(name, baseline, [i for i in shown if i not in looping])
+    figures = _figures(comparison, name, baseline, shown) | {"speedup_without_loops": _middle(straight)}
+    return record | {key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}
 
 
-def _figures(comparison: Comparison, name: str, baseline: str, prompts: Sequence[int]) -> dict[str, float | None]:
+def _figures(comparison: Comparison, name: str, baseline: str, prompts: Sequence[int]) -> dict[str, float]:
     """Speeds are of decoding, the prompt's pass apart; times are medians over repeats, speedups over prompts."""
     runs = [comparison.runs[name, i] for i in prompts]
     others = [comparison.runs[baseline, i] for i in prompts]
-    ratios = [_rate(ours) / _rate(base) for ours, base in zip(runs, others, strict=True)]
-    totals = [_median(r.total for r in b) / _median(r.total for r in a) for a, b in zip(runs, others, strict=True)]
+    totals = [[b.total / a.total for a, b in zip(*each, strict=False)] for each in zip(runs, others, strict=True)]
+    ratios = comparison.ratios(name, baseline, prompts)
     every = [run for group in runs for run in group]
-    low, high = bootstrap([ratio for ratio in ratios if not math.isnan(ratio)])
-    figures = {
+    low, high = interval(ratios)
+    return {
         "tokens_per_step": _ratio(sum(len(run.tokens) for run in every), sum(run.passes for run in every)),
         "tokens_per_second": _ratio(
             sum(group[0].decoded for group in runs), sum(_median(run.decode for run in group) for group in runs)
         ),
-        "speedup": _median(ratios),
+        "speedup": _middle(ratios),
         "speedup_low": low,
         "speedup_high": high,
-        "speedup_with_prefill": _median(totals),
+        "speedup_with_prefill": _middle(totals),
         "prefill_seconds": _median(run.prefill for run in every),
     }
-    return {key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}
 
 
-def _rate(runs: Sequence[Run]) -> float:
-    """Tokens per second of one prompt's repeats; nan where all tokens came first."""
-    return _ratio(runs[0].decoded, _median(run.decode for run in runs)) or math.nan
+def _middle(prompts: Iterable[Iterable[float]]) -> float:
+    """The median over prompts of the median over each one's repeats."""
+    return _median(map(_median, prompts))
 
 
 def _median(values: Iterable[float]) -> float:
-    """The median of those that are numbers; nan for none, which the records write as null."""
-    return statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
+    """nan for none, which the records write as null."""
+    return statistics.median([*values] or [math.nan])
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def overhead(model: Any, asks: Sequence[Ask], max_new_tokens: int) -> dict[str, Any]:
-    """Seconds of a step outside the target's pass over seconds in it, with token recycling at 64 nodes."""
-    view = prepare(model, BASELINE).model
-    wrapped = specdec.wrap(view, drafter="recycling", policy=FixedPolicy(64, 8, 8), cpu_kernels=False)
-    method = Method("recycling", wrapped, wrapped=True)
-    measure(method, asks[0].ids, max_new_tokens)
-    specdec.stats(wrapped).reset()
-    decode, passes = 0.0, []
-    for ask in asks:
-        with _pass_times(model) as times:
-            decode += measure(method, ask.ids, max_new_tokens).decode
-        passes += times[1:]  # the first is the prompt's
-    inside, parts = sum(passes), specdec.stats(wrapped).seconds
-    steps = max(len(passes), 1)
+def parts(comparison: Comparison) -> list[Record]:
+    """Where the time went and what became of guesses: one record per method of ours and workload, where equal."""
+    names = [name for name in comparison.names if is_ours(name)]
+    return [
+        _parts(comparison, name, workload)
+        for workload in comparison.groups
+        for name in names
+        if comparison.equal(name, workload)
+    ]
+
+
+def _parts(comparison: Comparison, name: str, workload: str) -> Record:
+    runs = [run for i in comparison.prompts(workload) for run in comparison.runs[name, i]]
+    total = added(run.counted for run in runs if run.counted)
+    seconds = total["seconds"]
+    seconds["other"] = max(0.0, sum(run.total for run in runs) - sum(seconds.values()))
     return {
-        "drafter": "recycling",
-        "nodes": 64,
-        "steps": len(passes),
-        "pass_ms": round(1e3 * inside / steps, 3),
-        "outside_ms": round(1e3 * (decode - inside) / steps, 3),
-        "ratio": round(_ratio(decode - inside, inside), 4),
-        **{f"{part}_ms": round(1e3 * parts[part] / steps, 3) for part in ("draft", "walk", "cache")},
+        "method": name,
+        "workload": workload,
+        **{key: total[key] for key in ("steps", "tokens", "drafted", "accepted")},
+        "seconds": {part: round(spent, 6) for part, spent in seconds.items()},
+        "accepted_lengths": total["accepted_lengths"],
+        "acceptance_by_depth": by_depth(total),
+        "conditional_acceptance": conditional(total),
+        "sizes": total["sizes"],
+        "by_drafter": total["by_drafter"],
     }
-
-
-@contextmanager
-def _pass_times(model: Any) -> Iterator[list[float]]:
-    """Collect the seconds of each of the model's passes, waiting for the device at both ends."""
-    times: list[float] = []
-
-    def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter()
-
-    hooks = (
-        model.register_forward_pre_hook(lambda *_: times.append(-now())),
-        model.register_forward_hook(lambda *_: times.append(times.pop() + now())),
-    )
-    try:
-        yield times
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def machine(model: Any, name: str) -> dict[str, Any]:
-    """What the figures hold for: hardware, versions, threads, model and number format."""
-    cuda = model.device.type == "cuda"
-    return {
-        "model": name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "device": torch.cuda.get_device_name(model.device) if cuda else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "specdec": specdec.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,17 +22,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="The text alone: no colours, no figures.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Add every step to this file; see specdec show.")] = None,
 ) -> None:
     """Answer a prompt, each token in the colour of the drafter that guessed it."""
     import torch
 
     import specdec
     from specdec.printer import Printer
+    from specdec.recorder import Recorder
 
     target, tokenizer = console.load(model)
-    with console.told(ValueError):
+    with console.told(ValueError, OSError):
+        if trace and drafter == "none":
+            raise ValueError("--trace records drafts; give a --drafter other than none")
+        recorder = Recorder(trace, prompt, tokenizer) if trace else None
         ids = torch.tensor([_prompt_ids(tokenizer, prompt, chat)], device=target.device)
-        stats = None if drafter == "none" else specdec.stats(specdec.wrap(target, drafter=drafter))
+        stats = None if drafter == "none" else specdec.stats(specdec.wrap(target, drafter=drafter, trace=recorder))
     printer = Printer(Console(color_system=None) if plain else console.output, tokenizer, stats)
     draw = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

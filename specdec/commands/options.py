@@ -9,5 +9,5 @@ import typer
 
 ModelOption = Annotated[str, typer.Option(help="A directory or hub id; 'demo' is SmolLM2-135M-Instruct.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="One prompt of each kind, few tokens, one repeat.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="A few kinds, one prompt of each, few tokens, one repeat.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]

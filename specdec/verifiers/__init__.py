@@ -1,5 +1,6 @@
 """Judges of draft trees."""
 
 from specdec.verifiers.pathwise import PathwiseVerifier
+from specdec.verifiers.rejection import RejectionVerifier
 
-__all__ = ["PathwiseVerifier"]
+__all__ = ["PathwiseVerifier", "RejectionVerifier"]

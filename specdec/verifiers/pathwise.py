@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from specdec import trees
 from specdec.core import Context, DraftTree, Verdict
@@ -31,12 +32,23 @@ class PathwiseVerifier:
     lossless = True
 
     def begin(
-        self, model: Model, sampler: Sampler, stats: Stats, topk: int = 0, hidden: bool = False
+        self,
+        model: Model,
+        sampler: Sampler,
+        stats: Stats,
+        topk: int = 0,
+        hidden: bool = False,
+        likelihood: bool = False,
     ) -> PathwiseVerifier:
-        """A verifier for one generation. ``topk`` and ``hidden`` are what its drafters want to learn from."""
-        bound = PathwiseVerifier()
+        """A verifier for one generation.
+
+        Args:
+            topk, hidden: what its drafters want to learn from.
+            likelihood: whether verdicts shall say how probable the ``topk`` candidates are.
+        """
+        bound = copy(self)
         bound.model, bound.sampler, bound.stats = model, sampler, stats
-        bound.topk, bound.hidden = topk, hidden
+        bound.topk, bound.hidden, bound.likelihood = topk, hidden, likelihood
         bound.sources = stats.sources = [[] for _ in sampler.generated]
         return bound
 
@@ -45,6 +57,7 @@ class PathwiseVerifier:
     stats: Stats
     topk: int
     hidden: bool
+    likelihood: bool
     sources: list[list[str]]
 
     def first(self, contexts: Sequence[Context], logits: Float[torch.Tensor, "rows last vocab"]) -> list[Verdict]:
@@ -62,7 +75,8 @@ class PathwiseVerifier:
         tree = DraftTree.chain(tokens[0], tokens[1:], [1.0] * (last - 1), "") if last else DraftTree.root(0)
         candidates = topk(logits[-last:].float(), self.topk).cpu().numpy() if self.topk and last else None
         first = np.array(self.sampler.generated[row][:1], np.int64)
-        return Verdict(tree, np.arange(len(tree)), first, candidates, prompt=True)
+        likely = self._likelihood(candidates, logits[-last:])
+        return Verdict(tree, np.arange(len(tree)), first, candidates, prompt=True, likelihood=likely)
 
     def verify(self, contexts: Sequence[Context], batch: Sequence[DraftTree]) -> list[Verdict]:
         """One target pass over every tree; keeps the accepted paths' KV rows. Rows that have ended get no tokens."""
@@ -79,6 +93,7 @@ class PathwiseVerifier:
             steps = dict(
                 pair for group in self.sampler.groups for pair in walk(group, batch, result.logits, candidates)
             )
+            likely = [self._likelihood(*pair) for pair in zip(candidates, result.logits, strict=True)]
         with self.stats.clock("cache"):
             self.model.keep([path for path, _ in (steps[row] for row in range(len(batch)))])
         return [
@@ -89,6 +104,7 @@ class PathwiseVerifier:
                 candidates[row],
                 result.hidden[row, : len(tree)] if result.hidden is not None else None,
                 seconds,
+                likelihood=likely[row],
             )
             for row, tree in enumerate(batch)
         ]
@@ -115,6 +131,16 @@ class PathwiseVerifier:
             for row, tree in enumerate(batch)
         ]
 
+    def _likelihood(
+        self, candidates: Int[np.ndarray, "nodes k"] | None, logits: Float[torch.Tensor, "nodes vocab"]
+    ) -> Float32[np.ndarray, "nodes k"] | None:
+        if not self.likelihood or candidates is None:
+            return None
+        logits = logits[: len(candidates)].float()
+        best = logits.gather(-1, torch.from_numpy(candidates).to(logits.device))
+        probability: np.ndarray = (best - logits.logsumexp(-1, keepdim=True)).exp().cpu().numpy()
+        return probability
+
     def _walk_quick(
         self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
     ) -> list[tuple[int, tuple[list[int], list[int]]]]:
@@ -122,6 +148,7 @@ class PathwiseVerifier:
         (row,) = group.rows
         if self.sampler.finished[row]:
             return [(row, ([], []))]
+        self.stats.judge("match")
         tree, best = batch[row], candidates[row]
         top = topk(logits[row, : len(tree)].float(), 1).cpu().numpy() if best is None else best
         choices = top[:, 0]
@@ -141,6 +168,7 @@ class PathwiseVerifier:
         paths: dict[int, list[int]] = {row: [] for row in group.rows}
         tokens: dict[int, list[int]] = {row: [] for row in group.rows}
         nodes = dict.fromkeys(group.rows, 0)
+        self.stats.judge("match", sum(not self.sampler.finished[row] for row in group.rows))
         while not group.done and min(nodes.values()) >= 0:
             for row in group.rows:
                 paths[row].append(nodes[row])
