@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import cast
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 from numba import njit
+
+from specdec import storage
 
 MOST = 1024.0  # a kind's counts are halved here: bounded, and never too sure to change
 ODDS = 8  # conditional probabilities are told apart by odds, from 2**-8 to 2**8, a bucket for each factor of 2
@@ -55,6 +58,24 @@ class Acceptance:
         """Count the children of every node on the path that ``committed``, the tokens after the root, took."""
         if len(tokens) > 1 and len(committed):
             _learn(tokens, parents, kinds, committed, self.accepted, self.offered, self.most)
+
+    def save(self, path: str | os.PathLike[str], kind: str) -> None:
+        """Write the counts to a file of some ``kind``, which changes at once or, on OSError, not at all."""
+        storage.write(path, kind, 1, {"accepted": self.accepted, "offered": self.offered}, {})
+
+    def load(self, path: str | os.PathLike[str], kind: str) -> None:
+        """Replace the counts by what ``save`` wrote; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, of another kind, or holds no counts of as many kinds of guesses.
+        """
+        arrays, _ = storage.read(path, kind, 1)
+        accepted, offered = (arrays.get(name, np.empty(0)) for name in ("accepted", "offered"))
+        fits = all(each.shape == self.offered.shape and each.dtype == np.float64 for each in (accepted, offered))
+        if not (fits and (accepted >= 0).all() and (offered > 0).all() and (accepted <= offered).all()):
+            raise ValueError(f"{path} does not hold how often guesses of {len(self.offered)} kinds come true")
+        self.accepted, self.offered = accepted, offered
 
     @property
     def bytes_used(self) -> int:

@@ -106,6 +106,12 @@ class MergedDrafter:
         """Bytes held by all parts that say what they hold."""
         return sum(getattr(part, "bytes_used", 0) for part in self.drafters)
 
+    @property
+    def max_bytes(self) -> int | None:
+        """Bytes held at most by all parts; None where one does not say. Each namespace may have as much again."""
+        most = [getattr(part, "max_bytes", None) for part in self.drafters]
+        return None if None in most else sum(most)
+
     def take_faults(self) -> list[tuple[str, str]]:
         """Hand over ``faults``, so that each is counted once."""
         faults, self.faults = self.faults, []

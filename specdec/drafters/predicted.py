@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,14 +73,28 @@ class PredictedOutput:
         """One tree per context, within its budget; the root alone where the prediction is lost or at its end."""
         return [self._draft(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
 
-    def reset(self) -> None:
-        """Forget what was learnt about how far the prediction can be trusted."""
-        self._acceptance = Acceptance(prior(), weight=4.0)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write how far predictions can be trusted to a file, which changes at once or, on OSError, not at all."""
+        self._acceptance.save(path, self.name)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace that by what ``save`` wrote; on FileNotFoundError or ValueError (see ``Acceptance``) it stays."""
+        self._acceptance.load(path, self.name)
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Forget how far the prediction can be trusted; of one namespace alone nothing is kept."""
+        if namespace is None:
+            self._acceptance = Acceptance(prior(), weight=4.0)
 
     @property
     def bytes_used(self) -> int:
         """Bytes held for the prediction and for what was learnt."""
         return self._prediction.nbytes + self._acceptance.bytes_used
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes held at most: neither the prediction nor what it learns grows."""
+        return self.bytes_used
 
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
         tokens, root = context.tokens, int(context.tokens[-1])

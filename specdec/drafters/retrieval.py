@@ -62,14 +62,28 @@ class RetrievalDrafter:
         """One tree per context, within its budget; the root alone where nothing matches."""
         return [self._draft(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
 
-    def reset(self) -> None:
-        """Forget what was learnt about how far matches can be trusted."""
-        self._acceptance = Acceptance(votes.prior(), weight=4.0)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write how far matches can be trusted to a file, which changes at once or, on OSError, not at all."""
+        self._acceptance.save(path, self.name)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace that by what ``save`` wrote; on FileNotFoundError or ValueError (see ``Acceptance``) it stays."""
+        self._acceptance.load(path, self.name)
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Forget how far matches can be trusted; of one namespace alone nothing is kept."""
+        if namespace is None:
+            self._acceptance = Acceptance(votes.prior(), weight=4.0)
 
     @property
     def bytes_used(self) -> int:
         """Bytes held beside the corpus, which is mapped and not held."""
         return self._acceptance.bytes_used
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes held at most: what it learns does not grow."""
+        return self.bytes_used
 
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
         tokens, acceptance = context.tokens, self._acceptance
