@@ -34,7 +34,8 @@ def makers(tmp_path_factory):
         "retrieval": lambda: RetrievalDrafter(index),
         "predicted": lambda: PredictedOutput(TEXT),
     }
-    return makers | {"merged": lambda: MergedDrafter([make() for make in makers.values()])}
+    # On a clock that stands still every part can be afforded, on however busy a machine.
+    return makers | {"merged": lambda: MergedDrafter([make() for make in makers.values()], clock=lambda: 0.0)}
 
 
 NAMES = ("suffix", "lookahead", "recycling", "retrieval", "predicted", "merged")
@@ -70,10 +71,7 @@ def test_what_is_loaded_is_what_was_saved(makers, name, tmp_path):
     saved.save(tmp_path / "file")
     fresh.load(tmp_path / "file")
     assert len(guesses(saved)[0]) > 1
-    if name == "merged":  # how far it believes its parts is of the running program, and so is the end of the order
-        assert guesses(fresh)[0][:10] == guesses(saved)[0][:10]
-    else:
-        assert guesses(fresh) == guesses(saved)
+    assert guesses(fresh) == guesses(saved)
 
 
 @all_of_them

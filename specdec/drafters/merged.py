@@ -80,8 +80,11 @@ class MergedDrafter:
         return [self._union(*each) for each in zip(contexts, budgets, zip(*drafted, strict=True), strict=True)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what the parts have learnt to one file, which changes at once or, on OSError, not at all."""
-        merged_file.write(path, self.drafters)
+        """Write what the parts have learnt, and how far to believe each, to one file.
+
+        It changes at once or, on OSError, not at all.
+        """
+        merged_file.write(path, self.drafters, self._rates)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace what the parts have learnt by what ``save`` wrote; on an error nothing changes.
@@ -90,7 +93,12 @@ class MergedDrafter:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of other drafters, or does not suit one of them.
         """
-        merged_file.read(path, self.drafters)
+        merged_file.read(path, self.drafters, self._rates)
+
+    @property
+    def _rates(self) -> list[Acceptance]:
+        """How far the parts are believed, each alone and where several agree."""
+        return [*(part.acceptance for part in self._parts), self._together]
 
     def reset(self, namespace: str | None = None) -> None:
         """Have the parts forget one namespace, or everything."""

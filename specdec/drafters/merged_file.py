@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 
 from specdec import storage
+from specdec.calibration import Acceptance
 from specdec.core import Drafter
 
-KIND, VERSION = "merged", 1
+KIND, VERSION = "merged", 2
+RATES = "rates"
 
 
-def write(path: str | os.PathLike[str], drafters: Sequence[Drafter]) -> None:
-    """Save the drafters that can be saved to one file, which changes at once or, on OSError, not at all."""
+def write(path: str | os.PathLike[str], drafters: Sequence[Drafter], rates: Sequence[Acceptance]) -> None:
+    """Save the drafters that can be saved, and rates, to one file, which changes at once or, on OSError, not at all."""
     with TemporaryDirectory() as folder:
-        packed = {name: np.fromfile(file, np.uint8) for name, file in _saved(Path(folder), drafters).items()}
+        packed = {name: np.fromfile(file, np.uint8) for name, file in _packed(Path(folder), drafters, rates).items()}
     storage.write(path, KIND, VERSION, packed, {"drafters": [drafter.name for drafter in drafters]})
 
 
-def read(path: str | os.PathLike[str], drafters: Sequence[Drafter]) -> None:
-    """Load what ``write`` saved of the same drafters; on an error none of them changes.
+def read(path: str | os.PathLike[str], drafters: Sequence[Drafter], rates: Sequence[Acceptance]) -> None:
+    """Load what ``write`` saved of the same drafters, and as many rates; on an error nothing changes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,25 +37,33 @@ def read(path: str | os.PathLike[str], drafters: Sequence[Drafter]) -> None:
     if facts.get("drafters") != names:
         raise ValueError(f"{path} is of the drafters {facts.get('drafters')}, these are {names}")
     with TemporaryDirectory() as folder, TemporaryDirectory() as before:
-        known = _saved(Path(before), drafters)
+        known = _packed(Path(before), drafters, rates)
         files = {name: Path(folder, name) for name in packed if name in known}
         for name, file in files.items():
             packed[name].tofile(file)
         try:
-            _load(files, drafters)
+            _load(files, drafters, rates)
         except ValueError:
-            _load(known, drafters)
+            _load(known, drafters, rates)
             raise
 
 
-def _saved(folder: Path, drafters: Sequence[Any]) -> dict[str, Path]:
-    """A file for each drafter that can be saved, by its place among them."""
-    files = {str(i): folder / str(i) for i, drafter in enumerate(drafters) if hasattr(drafter, "save")}
-    for place, file in files.items():
-        drafters[int(place)].save(file)
+def _packed(folder: Path, drafters: Sequence[Any], rates: Sequence[Acceptance]) -> dict[str, Path]:
+    """A file for each drafter that can be saved, by its place among them, and for each of the rates."""
+    files = {}
+    for i, drafter in enumerate(drafters):
+        if hasattr(drafter, "save"):
+            files[str(i)] = folder / str(i)
+            drafter.save(files[str(i)])
+    for i, each in enumerate(rates):
+        files[f"{RATES}{i}"] = folder / f"{RATES}{i}"
+        each.save(files[f"{RATES}{i}"], KIND)
     return files
 
 
-def _load(files: dict[str, Path], drafters: Sequence[Any]) -> None:
-    for place, file in files.items():
-        drafters[int(place)].load(file)
+def _load(files: dict[str, Path], drafters: Sequence[Any], rates: Sequence[Acceptance]) -> None:
+    for name, file in files.items():
+        if name.startswith(RATES):
+            rates[int(name.removeprefix(RATES))].load(file, KIND)
+        else:
+            drafters[int(name)].load(file)
