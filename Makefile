@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 METHODS := plain,plain+kernels,auto,auto+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv demo test test-all check bench bench-cost architectures gpu wheel
+.PHONY: .venv browser demo test test-all check bench bench-cost architectures gpu wheel
 
 .venv: $(READY)
 
@@ -17,11 +17,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/specdec demo
 
+# What the tests of the report's page look at it with; they are skipped where it cannot be installed.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { command -v apt-get >/dev/null && \
+	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
+	  echo "no Chromium here: the tests that need one are skipped"
+
 # Two workers of one thread each: models as small as the tests' own only lose by more.
-test: $(READY)
+test: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: $(READY)

@@ -18,15 +18,16 @@ from specdec.policies import FixedPolicy
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "specdec": {
-        "Budget", "Context", "DraftTree", "Drafter", "Memory", "Policy", "Session", "SpecdecWarning", "Speculate",
-        "Stats", "Verdict", "Verifier", "__version__", "speculating", "stats", "unwrap", "wrap",
+        "Budget", "Context", "DraftTree", "Drafter", "Memory", "Policy", "PoolFull", "Session", "SessionPool",
+        "SpecdecWarning", "Speculate", "Stats", "Verdict", "Verifier", "__version__", "speculating", "stats", "unwrap",
+        "wrap",
     },
     "specdec.drafters": {
-        "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter", "RetrievalDrafter",
-        "SuffixDrafter",
+        "EarlyExitDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter",
+        "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter",
     },
-    "specdec.verifiers": {"PathwiseVerifier"},
-    "specdec.policies": {"FixedPolicy", "ThroughputPolicy"},
+    "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier"},
+    "specdec.policies": {"FixedPolicy", "ThresholdPolicy", "ThroughputPolicy"},
 }  # fmt: skip
 README = (ROOT / "README.md").read_text()
 
@@ -82,7 +83,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    files = [path for pattern in ("*.py", "*.toml") for path in (ROOT / "specdec").rglob(pattern)]
+    patterns = ("*.py", "*.toml", "*.json", "*.html", "*.css", "*.js")
+    files = [path for pattern in patterns for path in (ROOT / "specdec").rglob(pattern)]
     sources = {str(path.relative_to(ROOT)) for path in files}
     assert sources <= names
     assert {"specdec/py.typed", "specdec/bench/workloads/chat.toml"} <= names
