@@ -220,5 +220,9 @@ class Policy(Protocol):
         ...
 
     def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """What of the drafted trees to verify. Drafting is cheap and verifying is not, so the choice is made twice."""
+        """What of the drafted trees to verify. Drafting is cheap and verifying is not, so the choice is made twice.
+
+        Of a tree whose siblings were sampled, what is kept may depend only on what came before, never on what was
+        drawn: else its law is another.
+        """
         ...

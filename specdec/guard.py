@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from specdec import trees
@@ -59,7 +60,9 @@ class GuardedDrafter:
 
     def _within(self, tree: DraftTree, budget: Budget) -> DraftTree:
         width = 1 if self.chains else budget.width
-        kept = trees.prune(tree.parents, tree.probability, budget.nodes, budget.depth, width, 0.0)
+        # What is cut off a sampled tree must not depend on what was sampled: the last draws go.
+        weight = tree.probability if tree.law is None else np.ones(len(tree), np.float32)
+        kept = trees.prune(tree.parents, weight, budget.nodes, budget.depth, width, 0.0)
         if len(kept) == len(tree):
             return tree
         if not self.chains:

@@ -118,7 +118,8 @@ class MergedDrafter:
     def max_bytes(self) -> int | None:
         """Bytes held at most by all parts; None where one does not say. Each namespace may have as much again."""
         most = [getattr(part, "max_bytes", None) for part in self.drafters]
-        return None if None in most else sum(most)
+        known = [each for each in most if each is not None]
+        return sum(known) if len(known) == len(most) else None
 
     def take_faults(self) -> list[tuple[str, str]]:
         """Hand over ``faults``, so that each is counted once."""

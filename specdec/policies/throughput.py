@@ -118,7 +118,10 @@ class ThroughputPolicy:
         return Budget(len(more), largest.depth, largest.width, max(0.0, 0.5 * least))
 
     def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """Each tree's likeliest nodes, the same number for all rows of the batch."""
+        """Each tree's likeliest nodes, the same number for all rows of the batch; of sampled trees, all.
+
+        What is kept of a sampled tree must not depend on what was sampled, or its law would be another.
+        """
         if not contexts:
             return []
         step: Step = contexts[0].scratch[self][0]
@@ -133,7 +136,10 @@ class ThroughputPolicy:
         for context, tree, kind in zip(contexts, trees, kinds, strict=True):
             context.scratch[self] = step, (len(context.tokens), tree, kind)
         n = self._best(step, paths)
-        kept = [_likeliest(tree.parents, path, n) for tree, path in zip(trees, paths, strict=True)]
+        kept = [
+            _likeliest(tree.parents, path, n) if tree.law is None else np.arange(len(tree))
+            for tree, path in zip(trees, paths, strict=True)
+        ]
         step.nodes = max(map(len, kept))
         return [tree.take(each) for tree, each in zip(trees, kept, strict=True)]
 

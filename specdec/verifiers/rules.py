@@ -117,7 +117,7 @@ def traversal(tree: DraftTree, chance: Chance) -> Search:
 
 def replay(path: Sequence[int], token: int) -> Walk:
     """Walk a path that is decided already."""
-    for node in path:
+    for node in path:  # noqa: UP028 - nothing can be sent into a list
         yield node
     return token
 
