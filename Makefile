@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-METHODS := plain,plain+kernels,auto,auto+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
+METHODS := plain,plain+kernels,auto,auto+kernels,suffix+kernels,recycling+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
 .PHONY: .venv browser demo test test-all check bench bench-cost architectures gpu wheel
 
@@ -37,11 +37,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/figures.py --check
 
-# For a machine that does nothing else meanwhile; about 40 minutes on two cores. Rivals that cannot be imported are left
-# out: pip install --no-deps --target DIR economize flashspec, then PYTHONPATH=DIR make bench.
+# For a machine that does nothing else meanwhile; about 40 minutes on two cores, and it goes on where it was stopped.
+# Rivals that cannot be imported are left out: pip install --no-deps --target DIR economize flashspec, then
+# PYTHONPATH=DIR make bench.
 bench: $(READY)
-	mkdir -p benchmarks/results
-	$(BIN)/specdec bench --max-new-tokens 64 --repeats 1 --methods $(METHODS) --json benchmarks/results/demo.json
+	mkdir -p benchmarks/results artefacts
+	$(BIN)/specdec bench --max-new-tokens 64 --prompts-per-workload 2 --repeats 2 --time-cap 25 --methods $(METHODS) \
+	  --json benchmarks/results/demo.json --runs artefacts/demo.runs.jsonl \
+	  --html artefacts/demo.html --trace artefacts/demo.trace.jsonl
 	$(BIN)/python benchmarks/figures.py
 
 # What a pass costs beside what reading the weights would take; for a machine that does nothing else meanwhile.

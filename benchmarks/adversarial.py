@@ -22,8 +22,8 @@ import typer
 
 import specdec
 from specdec import cpu
-from specdec.bench.measure import bootstrap
-from specdec.bench.report import machine
+from specdec.bench.interval import bootstrap
+from specdec.bench.machine import machine
 from specdec.commands import console
 from specdec.core import Budget, Context, Drafter, DraftTree
 

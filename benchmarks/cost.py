@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from specdec import attach, cpu, demo
-from specdec.bench.report import machine
+from specdec.bench.machine import machine
 from specdec.core import DraftTree
 from specdec.kernels import linear_numba
 from specdec.kernels.linear import linear

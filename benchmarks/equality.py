@@ -20,7 +20,7 @@ from rich.progress import track
 
 import specdec
 from specdec.bench import workloads
-from specdec.bench.report import machine
+from specdec.bench.machine import machine
 from specdec.commands import console
 
 

@@ -65,7 +65,8 @@ def _read(directory: Path, key: str) -> list[Report]:
 
 def section(report: Report, methods: Sequence[str], against: bool) -> str:
     """One report: what it holds for, speeds by workload and method, and what a step costs beside the pass."""
-    parts = [_speed_machine(report), _table(report["results"], methods)]
+    _check_quiet(report)
+    parts = [_speed_machine(report), _table(report["results"], methods), _loops(report["results"], methods)]
     others = report.get("against", []) if against else []
     for baseline in dict.fromkeys(r["baseline"] for r in others):
         shown = [r for r in others if r["baseline"] == baseline and r["method"].endswith("+kernels")]
@@ -73,8 +74,28 @@ def section(report: Report, methods: Sequence[str], against: bool) -> str:
     parts.append(_overhead(report["overhead"]))
     parts += [f"`{name}` did not run: {reason}." for name, reason in report.get("unavailable", {}).items() if against]
     if report["differences"]:
-        parts.append("Tokens differed, hence no speed:\n\n" + "\n".join(f"- {line}" for line in report["differences"]))
-    return "\n\n".join(parts)
+        parts.append(
+            "Tokens differed, hence no speed:\n\n" + "\n".join(f"- {d['text']}" for d in report["differences"])
+        )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _check_quiet(report: Report) -> None:
+    """Exit where other load disturbed the run: such figures are not for showing."""
+    disturbance = report.get("disturbance", {})
+    if disturbance.get("disturbed"):
+        sys.exit(f"{report['machine']['model']}: measured beside other load, measure again: {disturbance['text']}")
+
+
+def _loops(results: Sequence[Report], methods: Sequence[str]) -> str:
+    """How many answers loop, and what the speeds are without those; nothing where none does."""
+    whole = [r for r in results if r["workload"] == "all" and r["method"] not in ("plain", r["baseline"])]
+    shown = [r for r in whole if r["method"] in (methods or [r["method"]]) and r.get("speedup_without_loops")]
+    if not any(r["loops"] for r in shown):
+        return ""
+    figures = ", ".join(f"{r['method']} {r['speedup_without_loops']:.2f}x" for r in shown)
+    first = shown[0]
+    return f"{first['loops']} of {first['prompts']} answers end in a loop. Over all without them: {figures}."
 
 
 def _machine(m: dict[str, Any]) -> str:
@@ -87,7 +108,7 @@ def _machine(m: dict[str, Any]) -> str:
 def _speed_machine(report: Report) -> str:
     return (
         f"{_machine(report['machine'])}; greedy, batch "
-        f"1, at most {report['max_new_tokens']} tokens, timed runs of each prompt: {report['repeats']}. Speed of "
+        f"1, at most {report['max_new_tokens']} tokens, timed runs of each prompt: up to {report['repeats']}. Speed of "
         "decoding over plain `generate` (median over prompts, in brackets its 95% interval) / tokens per pass:"
     )
 

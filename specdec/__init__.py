@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.core import Budget, Context, Drafter, DraftTree, Policy, Verdict, Verifier
     from specdec.generate import speculating, stats, unwrap, wrap
+    from specdec.memory import Memory
+    from specdec.pool import PoolFull, SessionPool
+    from specdec.session import Session
     from specdec.speculate import Speculate
     from specdec.statistics import SpecdecWarning, Stats
 
@@ -18,7 +21,11 @@ __all__ = [
     "Context",
     "DraftTree",
     "Drafter",
+    "Memory",
     "Policy",
+    "PoolFull",
+    "Session",
+    "SessionPool",
     "SpecdecWarning",
     "Speculate",
     "Stats",
@@ -34,6 +41,9 @@ __all__ = [
 _MODULES = {
     "core": ("Budget", "Context", "DraftTree", "Drafter", "Policy", "Verdict", "Verifier"),
     "generate": ("speculating", "stats", "unwrap", "wrap"),
+    "memory": ("Memory",),
+    "pool": ("PoolFull", "SessionPool"),
+    "session": ("Session",),
     "speculate": ("Speculate",),
     "statistics": ("SpecdecWarning", "Stats"),
 }

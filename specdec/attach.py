@@ -48,16 +48,19 @@ class Attachment:
     why_timed: str = ""
 
 
-def attach(module: nn.Module) -> Attachment:
+def attach(module: nn.Module, timed: bool = True) -> Attachment:
     """Try a tree, then a chain, on the model itself; time passes of a few sizes, in about a second.
 
     Logits are compared with plain ``generate`` forced along each path. The random state is left as it was.
+
+    Args:
+        timed: whether to time passes; without, there are no costs.
     """
     with torch.random.fork_rng(devices=_devices(module)):
         reasons = []
         for form in _forms(module):
             try:
-                costs, why_timed = _trial(module, form)
+                costs, why_timed = _trial(module, form, timed)
             except Exception as error:  # any model may refuse a tree in any way: that is the answer sought
                 reasons.append(
                     f"{_name(form)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -102,21 +105,21 @@ def _with_reason(form: Form, reasons: list[str]) -> Form:
     return replace(form, reason=reason)
 
 
-def _trial(module: nn.Module, form: Form) -> tuple[Costs, str]:
+def _trial(module: nn.Module, form: Form, timed: bool) -> tuple[Costs | None, str]:
     """Raises where the form does not hold; returns what passes cost, and why saved times were not used."""
     first, kept, second = (FIRST, KEPT, SECOND) if form.level == "tree" else (FIRST_CHAIN, KEPT_CHAIN, SECOND_CHAIN)
     vocab = _vocab(module)
     ids = np.random.default_rng(0).integers(min(3, vocab - 1), vocab, 16)
     prompt, nodes = ids[:7], ids[7:]
     first, second = _spelt(first, nodes), _spelt(second, nodes)
-    costs: list[tuple[Costs, str]] = []
+    costs: list[tuple[Costs | None, str]] = []
 
     def passes(model: Model) -> list[torch.Tensor]:
         logits = [model.forward([first]).logits[0]]
         model.keep([kept])
         logits.append(model.forward([second]).logits[0])
         model.keep([[0]])
-        costs.append(costs_of(model))
+        costs.append(costs_of(model) if timed else (None, ""))
         return logits
 
     ours = _generate(module, form, prompt, passes)

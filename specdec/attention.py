@@ -34,7 +34,7 @@ HARMLESS = {
     "token_type_ids",
     "use_cache",
 }
-_turn = threading.RLock()  # the implementation is named in a model's config, which all its threads read
+TURN = threading.RLock()  # the implementation is named in a model's config, which all its threads read
 
 
 def attention(
@@ -80,7 +80,7 @@ def _as_bool(mask: Tensor | None, nodes: int, key: Tensor) -> Bool[Tensor, "#row
 @contextmanager
 def switched(config: Any) -> Iterator[None]:
     """The model of a text ``config`` with our attention, inside the ``with`` block. Threads take turns."""
-    with _turn:
+    with TURN:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, eager_mask)  # which sdpa takes too, should a pass end there
         before = config._attn_implementation_internal

@@ -19,7 +19,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Slot ``i`` of a row holds the row's token ``offset + i``. A pass writes its nodes behind each row's own length;
     ``keep`` moves the accepted ones down and forgets the rest. With a ``window``, tokens that no row can attend to
-    any more are dropped from the front, a slackful at a time, so that a rejected draft never costs history.
+    any more are dropped from the front, a slackful at a time, so that a rejected draft never costs history. Rows may
+    ``join`` and ``leave`` between passes; the buffers have room for some more rows than there are.
     """
 
     is_compileable = False
@@ -36,14 +37,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Allocate slots shaped after the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.lengths = self.lengths * key_states.shape[0] if len(self.lengths) == 1 else self.lengths
-        self._keys = self._slots(key_states, key_states.shape[-2] + GROWTH)
-        self._values = self._slots(value_states, key_states.shape[-2] + GROWTH)
+        rows, capacity = len(key_states), key_states.shape[-2] + GROWTH
+        self._keys, self._values = (self._slots(like, rows, capacity) for like in (key_states, value_states))
         self.is_initialized = True
 
     @staticmethod
-    def _slots(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    def _slots(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         # Zeros: a masked slot still meets a zero weight in the sum over values, and 0 * NaN is NaN.
-        return like.new_zeros((*like.shape[:2], capacity, like.shape[-1]))
+        return like.new_zeros((rows, like.shape[1], capacity, like.shape[-1]))
 
     def update(
         self,
@@ -59,15 +60,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         end = top - self.offset + n
         self._reserve(end)
         if min(self.lengths) == top:
-            self._keys[:, :, end - n : end] = key_states
-            self._values[:, :, end - n : end] = value_states
+            self._keys[: len(self.lengths), :, end - n : end] = key_states
+            self._values[: len(self.lengths), :, end - n : end] = value_states
         else:
             for row, length in enumerate(self.lengths):
                 start = length - self.offset
                 self._keys[row, :, start : start + n] = key_states[row]
                 self._values[row, :, start : start + n] = value_states[row]
         self.lengths = [length + n for length in self.lengths]
-        self.keys, self.values = self._keys[:, :, first:end], self._values[:, :, first:end]
+        self._show(first, end)
         return self.keys, self.values
 
     def _first(self) -> int:
@@ -76,21 +77,47 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _reserve(self, end: int) -> None:
         if end > self._keys.shape[2]:
-            self._move(0, end, end + max(GROWTH, end // 2))
+            self._move(self.offset, len(self._keys), end + max(GROWTH, end // 2))
 
-    def _move(self, front: int, end: int, capacity: int) -> None:
-        """Copy slots ``front:end`` to the start of fresh buffers."""
-        keys, values = self._slots(self._keys, capacity), self._slots(self._values, capacity)
-        end = min(end, self._keys.shape[2])
-        keys[:, :, : end - front] = self._keys[:, :, front:end]
-        values[:, :, : end - front] = self._values[:, :, front:end]
-        self._keys, self._values = keys, values
+    def _move(self, offset: int, rows: int, capacity: int) -> None:
+        """Copy what is held to fresh buffers of so many rows and slots, from token ``offset`` on."""
+        start, end = max(offset, self.offset), max(self.lengths)
+        old = self._keys, self._values
+        self._keys, self._values = (self._slots(slots, rows, capacity) for slots in old)
+        for slots, before in zip((self._keys, self._values), old, strict=True):
+            held = before[:, :, start - self.offset : end - self.offset]
+            slots[: len(before), :, start - offset : end - offset] = held
+        self.offset = offset
+
+    def join(self, other: SlotLayer) -> None:
+        """Copy the only row of another layer, which becomes the last of this one's."""
+        first, (end,), row = other._first(), other.lengths, len(self.lengths)
+        offset, capacity = min(self.offset, first), self._keys.shape[2]
+        need = max(end, *self.lengths) - offset
+        if row == len(self._keys) or need > capacity or offset < self.offset:
+            capacity = need + max(GROWTH, need // 2) if need > capacity else capacity
+            self._move(offset, len(self._keys) * (2 if row == len(self._keys) else 1), capacity)
+        self.lengths = [*self.lengths, end]
+        for slots, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            slots[row, :, first - offset : end - offset] = theirs[0, :, first - other.offset : end - other.offset]
+        self._show()
+
+    def leave(self, row: int) -> None:
+        """Forget a row, wholly; the last one takes its place. Not for the only row."""
+        last = len(self.lengths) - 1
+        for slots in (self._keys, self._values):
+            slots[row] = slots[last]
+            slots[last] = 0  # who comes next must not meet what is no number, nor anybody else's text
+        self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last]
+        self._show()
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: torch.Tensor | None) -> None:
         """Keep, of the nodes written behind ``base``, each row's path; ``moves`` has them too, if any is displaced."""
         if moves is not None:
             first = torch.tensor(base, device=self.device) - self.offset
-            move_rows(self._keys, self._values, moves.to(self.device), first)
+            rows = len(self.lengths)
+            move_rows(self._keys[:rows], self._values[:rows], moves.to(self.device), first)
         self.lengths = [length + len(path) for length, path in zip(base, paths, strict=True)]
         self._show()
         self._slide()
@@ -101,13 +128,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         front = self._first() - self.offset
         if front >= GROWTH:
             end = max(self.lengths) - self.offset
-            self._move(front, end, end - front + 2 * GROWTH)
-            self.offset += front
+            self._move(self.offset + front, len(self._keys), end - front + 2 * GROWTH)
             self._show()
 
-    def _show(self) -> None:
-        first, end = self._first() - self.offset, max(self.lengths) - self.offset
-        self.keys, self.values = self._keys[:, :, first:end], self._values[:, :, first:end]
+    def _show(self, first: int | None = None, end: int | None = None) -> None:
+        """Let attention see some slots of all rows: from the first in reach to the longest row's end, if not said."""
+        first = self._first() - self.offset if first is None else first
+        end = max(self.lengths) - self.offset if end is None else end
+        rows = len(self.lengths)
+        self.keys, self.values = self._keys[:rows, :, first:end], self._values[:rows, :, first:end]
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Start from another cache's rows, the last of ``length`` tokens; they are copied."""
@@ -166,6 +195,35 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.slots:
             if layer.is_initialized:
                 layer.keep(base, paths, moves)
+
+    def join(self, other: SlotCache) -> None:
+        """Copy the only row of another cache of the same model, which becomes the last of this one's."""
+        for layer, theirs in zip(self.slots, other.slots, strict=True):
+            if layer.is_initialized:
+                layer.join(theirs)
+
+    def leave(self, row: int) -> None:
+        """Forget a row, wholly; the last one takes its place. Not for the only row."""
+        for layer in self.slots:
+            if layer.is_initialized:
+                layer.leave(row)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers, spare slots among them."""
+        return sum(layer._keys.nbytes + layer._values.nbytes for layer in self.slots if layer.is_initialized)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Rows and slots that the largest of the buffers have room for."""
+        shapes = [layer._keys.shape for layer in self.slots if layer.is_initialized]
+        return max((shape[0] for shape in shapes), default=0), max((shape[2] for shape in shapes), default=0)
+
+    @property
+    def bytes_of_token(self) -> int:
+        """Bytes of one token of one row, in all layers."""
+        held = [slots for layer in self.slots if layer.is_initialized for slots in (layer._keys, layer._values)]
+        return sum(slots[0, :, 0].nbytes for slots in held)
 
     def hand_back(self, cache: Cache) -> None:
         """Leave the rows in the user's own ``cache``, as plain ``generate`` would. All rows must be equally long."""

@@ -110,7 +110,7 @@ def test_the_readmes_own_drafter_works():
     model, ids = LlamaForCausalLM(config).eval(), torch.tensor([[3, 4, 5, 3, 4]])
     plain = model.generate(ids, max_new_tokens=30, do_sample=False)
     scope: dict[str, type] = {}
-    exec(blocks()[2], scope)
+    exec(next(block for block in blocks() if "class LastSeen" in block), scope)
     specdec.wrap(model, drafter=scope["LastSeen"](), policy=FixedPolicy(4, 4, 1))  # on so small a model none would pay
     assert model.generate(ids, max_new_tokens=30, do_sample=False).tolist() == plain.tolist()
     assert specdec.stats(model).by_drafter["last-seen"]["accepted"] > 0
@@ -118,11 +118,15 @@ def test_the_readmes_own_drafter_works():
 
 
 @pytest.mark.real
-def test_the_readmes_example_works(capsys):
-    exec(blocks()[0], {})
+def test_the_readmes_examples_work(capsys):
+    scope = {}
+    exec(blocks()[0], scope)
     said = capsys.readouterr().out
     assert "def fibonacci(n):" in said
     assert "Stats(level='tree'" in said
+    exec(next(block for block in blocks() if "SessionPool" in block), scope)
+    assert scope["answer"]
+    assert "return" in scope["text"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

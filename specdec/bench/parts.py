@@ -17,7 +17,7 @@ from specdec.policies import FixedPolicy
 
 DRAFTERS = ("auto", "ngram", "suffix", "lookahead", "recycling", "retrieval:PATH", "MODULE:OBJECT")
 POLICIES = ("auto", "fixed:NODES[:DEPTH[:WIDTH]]", "MODULE:OBJECT")
-VERIFIERS = ("pathwise", "MODULE:OBJECT")
+VERIFIERS = ("pathwise", "rejection", "MODULE:OBJECT")
 AT = "@"
 
 
