@@ -6,30 +6,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.drafters.early_exit import EarlyExitDrafter
+    from specdec.drafters.grammar import GrammarDrafter
     from specdec.drafters.lookahead import LookaheadDrafter
     from specdec.drafters.merged import MergedDrafter
     from specdec.drafters.ngram import NgramDrafter
     from specdec.drafters.predicted import PredictedOutput
     from specdec.drafters.recycling import RecyclingDrafter
     from specdec.drafters.retrieval import RetrievalDrafter
+    from specdec.drafters.small_model import SmallModelDrafter
     from specdec.drafters.suffix import SuffixDrafter
 
 _MODULES = {
+    "EarlyExitDrafter": "early_exit",
+    "GrammarDrafter": "grammar",
     "LookaheadDrafter": "lookahead",
     "MergedDrafter": "merged",
     "NgramDrafter": "ngram",
     "PredictedOutput": "predicted",
     "RecyclingDrafter": "recycling",
     "RetrievalDrafter": "retrieval",
+    "SmallModelDrafter": "small_model",
     "SuffixDrafter": "suffix",
 }
 __all__ = [
+    "EarlyExitDrafter",
+    "GrammarDrafter",
     "LookaheadDrafter",
     "MergedDrafter",
     "NgramDrafter",
     "PredictedOutput",
     "RecyclingDrafter",
     "RetrievalDrafter",
+    "SmallModelDrafter",
     "SuffixDrafter",
 ]
 

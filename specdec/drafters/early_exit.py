@@ -1,0 +1,102 @@
+"""The target's own first layers, or some of them, as the drafter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from specdec import cpu
+from specdec.drafters.small_model import SmallModelDrafter, Tree
+
+
+class EarlyExitDrafter(SmallModelDrafter):
+    """Guesses what the target would write if it had only some of its layers: they share the target's weights.
+
+    Its KV rows are its own, of those layers alone. Rows of the first layers hold what the target's do; what is fed
+    anew, the last accepted node and the token after it, is fed in the pass that makes the first level anyway.
+
+    Self-speculative decoding: Zhang et al. 2023, arXiv 2309.08168 (skipped layers); Elhoushi et al. 2024,
+    arXiv 2404.16710 (early exit).
+
+    Args:
+        model: the target.
+        layers: how many of its first layers, or the numbers of those that are not skipped, ascending.
+        lens: turns what the last of them says, after the model's last norm, into what its head reads; None for nothing.
+        tree, temperature, branching, width, name, seed, cpu_kernels: as for ``SmallModelDrafter``.
+
+    Raises:
+        ValueError: no such layers, or a model whose layers are not found, or that takes no trees.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: int | Sequence[int],
+        lens: nn.Module | None = None,
+        tree: Tree = "chain",
+        temperature: float | None = None,
+        branching: Sequence[int] = (3, 2, 1, 1),
+        width: int = 4,
+        name: str = "early-exit",
+        seed: int = 0,
+        cpu_kernels: bool = True,
+    ) -> None:
+        kept = list(range(layers)) if isinstance(layers, int) else list(layers)
+        shallow = with_layers(model, kept, lens)
+        super().__init__(shallow, tree, temperature, None, None, branching, width, name, seed, cpu_kernels)
+
+
+def with_layers(model: Any, kept: Sequence[int], lens: nn.Module | None = None) -> Any:
+    """A model of some of another's layers, which shares its weights; the other is left as it is.
+
+    Raises:
+        ValueError: the layers are not found, or not numbers of some of them, ascending.
+    """
+    config = model.config.get_text_config(decoder=True)
+    path = _stack(model, config.num_hidden_layers)
+    if not kept or list(kept) != sorted(set(kept) & set(range(config.num_hidden_layers))):
+        raise ValueError(
+            f"layers {list(kept)}: give at least one of 0 to {config.num_hidden_layers - 1}, each once, ascending"
+        )
+    fewer = copy.deepcopy(model.config)
+    text = fewer.get_text_config(decoder=True)
+    text.num_hidden_layers = len(kept)
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = [text.layer_types[layer] for layer in kept]
+    shallow = _twin(model, {id(model.config): fewer, id(config): text})
+    cpu.remove(shallow)  # those run the other's layers
+    owner = shallow.get_submodule(path.rpartition(".")[0])
+    layers = [owner.get_submodule(path.rpartition(".")[2])[layer] for layer in kept]
+    for number, layer in enumerate(layers):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number  # where in the cache its keys and values are
+    owner._modules[path.rpartition(".")[2]] = nn.ModuleList(layers)
+    if lens is not None:
+        head = model.get_output_embeddings()
+        name = next(name for name, part in model.named_modules() if part is head)
+        shallow._modules[name] = nn.Sequential(lens, shallow.get_submodule(name))
+    return shallow
+
+
+def _stack(model: Any, layers: int) -> str:
+    """Where a model's layers are."""
+    found = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__}: found {len(found)} lists of {layers} layers, one was expected")
+    path: str = found[0]
+    return path
+
+
+def _twin(module: nn.Module, configs: dict[int, Any]) -> Any:
+    """The same modules anew, of the same weights; ``configs`` has what stands in for each configuration."""
+    twin = copy.copy(module)
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    twin._modules = {name: part and _twin(part, configs) for name, part in module._modules.items()}
+    vars(twin).pop("generate", None)  # of a model that is wrapped
+    if id(getattr(module, "config", None)) in configs:
+        twin.config = configs[id(module.config)]
+    return twin

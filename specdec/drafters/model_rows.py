@@ -1,0 +1,230 @@
+"""A drafting model's KV rows: of each text what has been committed, then the tree that is being grown behind it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdec import trees
+from specdec.attention import switched
+from specdec.cache import SlotCache, SlotLayer
+from specdec.masks import Reach, additive
+from specdec.model import Form, reaches
+from specdec.trees.sampling import Level
+
+PIECE = 512  # tokens of a text that one pass reads at most, so that its mask stays small
+NO_TREE = Level(np.zeros(1, np.int64), np.array([-1]), 0)
+
+
+@dataclass(slots=True, eq=False)
+class Text:
+    """What one row holds.
+
+    Attributes:
+        tokens: committed ones.
+        tree: nodes that have been fed behind them; its root is the last of the tokens.
+        rows: whose row it is; None once it has left.
+    """
+
+    rows: Rows | None
+    tokens: Int[np.ndarray, " held"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    tree: Level = NO_TREE
+
+    @property
+    def slots(self) -> int:
+        """Slots in use."""
+        return len(self.tokens) + len(self.tree.tokens) - 1
+
+    def common(self, tokens: Int[np.ndarray, " length"]) -> int:
+        """How many committed tokens a text begins with."""
+        n = min(len(self.tokens), len(tokens))
+        differ = np.flatnonzero(self.tokens[:n] != tokens[:n])
+        return int(differ[0]) if len(differ) else n
+
+    def settle(self, tokens: Int[np.ndarray, " length"]) -> tuple[int, list[int]]:
+        """Hold only what a text begins with, its last token left out: slots to keep, and nodes behind them."""
+        base, path = min(self.common(tokens), len(tokens) - 1), list[int]()
+        if len(self.tokens) == base > 0:
+            found = trees.follow(self.tree.tokens, self.tree.parents, tokens[base:-1])
+            base, path = base - 1, found.tolist()
+        self.tokens, self.tree = tokens[: base + len(path)], NO_TREE
+        return base, path
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """What one row is fed in a pass.
+
+    Attributes:
+        tokens, positions: of each node.
+        base: slots of the row that all of them see.
+        seen: which of the slots behind those each sees, the new ones last.
+        places: positions of what those slots hold.
+    """
+
+    tokens: Int[np.ndarray, " nodes"]
+    positions: Int[np.ndarray, " nodes"]
+    base: int
+    seen: Bool[np.ndarray, "nodes behind"]
+    places: Int[np.ndarray, " behind"]
+
+    @property
+    def causal(self) -> bool:
+        """Whether each sees all that was fed before it."""
+        nodes, behind = self.seen.shape
+        return bool((self.seen == np.tri(nodes, behind, behind - nodes, dtype=np.bool_)).all())
+
+    @classmethod
+    def chain(cls, tokens: Int[np.ndarray, " length"], start: int, stop: int) -> Nodes:
+        """Tokens ``start`` to ``stop`` of a text, behind those before."""
+        positions = np.arange(start, stop)
+        return cls(tokens[start:stop], positions, start, np.tri(stop - start, dtype=np.bool_), positions)
+
+    @classmethod
+    def level(cls, level: Level, length: int) -> Nodes:
+        """The newest nodes of a tree behind ``length`` tokens, of which the last is its root."""
+        positions = length - 1 + trees.depths(level.parents)
+        seen = trees.ancestor_matrix(level.parents)[level.start :, 1:]
+        return cls(level.tokens[level.start :], positions[level.start :], length, seen, positions[1:])
+
+
+class Rows:
+    """Texts that a drafting model reads together, each from its own beginning, without padding.
+
+    A tree grows level by level: each pass feeds the newest nodes alone, which see their ancestors' rows. Of a tree, the
+    rows of what is committed later stay; no token of a text is fed twice as long as its row lives.
+
+    Args:
+        module: a transformers causal LM, in evaluation mode.
+        form: what its self-test found; at level "tree".
+
+    Attributes:
+        texts: one per row.
+        fed: tokens fed so far.
+    """
+
+    def __init__(self, module: Any, form: Form) -> None:
+        self.module, self.form = module, form
+        self.takes_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        self.config = module.config.get_text_config(decoder=True)
+        # No windows: levels count as slots, not as tokens. Masks say how far back is seen.
+        self.cache = SlotCache(layer_class_to_replicate=SlotLayer)
+        self.texts = [Text(self)]
+        self.fed = 0
+
+    def settle(self, texts: Sequence[Int[np.ndarray, " length"]]) -> None:
+        """Forget what these texts, one per row, do not begin with, and their last tokens."""
+        settled = [row.settle(tokens) for row, tokens in zip(self.texts, texts, strict=True)]
+        self.cache.keep([base for base, _ in settled], [path for _, path in settled])
+
+    def read(self, texts: Sequence[Int[np.ndarray, " length"]]) -> Float[Tensor, "rows vocab"]:
+        """Hold these texts, one per row; of what is held already nothing is fed again. Returns what follows each."""
+        self.settle(texts)
+        while max(len(text) - row.slots for row, text in zip(self.texts, texts, strict=True)) > PIECE:
+            self._read(texts, PIECE, 1)  # the last pass is to have something of each text
+        lengths = [len(text) - row.slots for row, text in zip(self.texts, texts, strict=True)]
+        logits = self._read(texts, 0, 1 + max(lengths) - min(lengths))
+        return torch.stack([logits[row, length - 1 - max(lengths)] for row, length in enumerate(lengths)])
+
+    def _read(
+        self, texts: Sequence[Int[np.ndarray, " length"]], left: int, last: int
+    ) -> Float[Tensor, "rows last vocab"]:
+        """Feed the next tokens of each text, but none of its last ``left``."""
+        starts = [row.slots for row in self.texts]
+        stops = [max(at, min(at + PIECE, len(text) - left)) for at, text in zip(starts, texts, strict=True)]
+        logits = self._pass([Nodes.chain(*each) for each in zip(texts, starts, stops, strict=True)], last)
+        for row, text, stop in zip(self.texts, texts, stops, strict=True):
+            row.tokens = text[:stop]
+        return logits
+
+    def grow(self, levels: Sequence[Level | None]) -> list[Float[Tensor, "level vocab"]]:
+        """Feed the newest nodes of each row's tree, whose older ones have been fed; returns what follows them."""
+        nothing = np.zeros(0, np.int64)
+        new = [
+            Nodes(nothing, nothing, row.slots, np.zeros((0, 0), np.bool_), nothing)
+            if level is None
+            else Nodes.level(level, len(row.tokens))
+            for row, level in zip(self.texts, levels, strict=True)
+        ]
+        logits = self._pass(new, max(len(nodes.tokens) for nodes in new))
+        for row, level in zip(self.texts, levels, strict=True):
+            row.tree = level or row.tree
+        return [logits[row, : len(nodes.tokens)] for row, nodes in enumerate(new)]
+
+    @torch.no_grad()
+    def _pass(self, new: Sequence[Nodes], last: int) -> Float[Tensor, "rows last vocab"]:
+        """One pass; logits of the ``last`` columns at least, in float32."""
+        slots, lengths = [row.slots for row in self.texts], [len(nodes.tokens) for nodes in new]
+        tokens, positions = np.zeros((2, len(new), max(lengths)), np.int64)
+        for row, nodes in enumerate(new):
+            tokens[row, : lengths[row]], positions[row, : lengths[row]] = nodes.tokens, nodes.positions
+        device = self.module.device
+        inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        mask, options = self._mask(new, slots, max(lengths)), dict[str, int]()
+        if self.takes_last:
+            options["logits_to_keep"] = last
+        ours = mask is not None and self.form.attention != "own"
+        with switched(self.config) if ours else nullcontext():
+            outputs = self.module(
+                **inputs, **options, attention_mask=mask, past_key_values=self.cache, use_cache=True, return_dict=True
+            )
+        self.cache.keep(slots, [range(length) for length in lengths])
+        self.fed += sum(lengths)
+        logits: Tensor = outputs.logits[:, -last:].float()
+        return logits
+
+    def _mask(self, new: Sequence[Nodes], slots: Sequence[int], width: int) -> Any:
+        """Who sees which slots, in the form that the module takes; None where its own causal mask says so too."""
+        if len(set(slots)) == 1 and all(nodes.causal and len(nodes.tokens) == width for nodes in new):
+            return None
+        known = reaches(self.config)
+        assert known is not None, "a module at tree level has only layer types that are known"
+        masks = {name: self._mask_for(new, slots, width, reach) for name, reach in known.items()}
+        return masks if self.form.per_type else next(iter(masks.values()))
+
+    def _mask_for(self, new: Sequence[Nodes], slots: Sequence[int], width: int, reach: Reach) -> Tensor:
+        mask = np.zeros((len(new), 1, width, max(slots) + width), np.bool_)
+        for row, nodes in enumerate(new):
+            n, end = len(nodes.tokens), nodes.base + nodes.seen.shape[1]
+            places = np.concatenate([np.arange(nodes.base), nodes.places])
+            mask[row, 0, :n, : nodes.base] = True
+            mask[row, 0, :n, nodes.base : end] = nodes.seen
+            mask[row, 0, :n, :end] &= _within(nodes.positions[:, None], places, reach)
+            spare = np.arange(n, width)
+            mask[row, 0, spare, slots[row] + spare] = True  # what fills a row up sees itself
+        allowed = torch.from_numpy(mask).to(self.module.device)
+        return additive(allowed, self.module.dtype) if self.form.additive else allowed
+
+    def join(self, other: Rows) -> None:
+        """Take over another's only row, which has been read."""
+        (text,) = other.texts
+        self.cache.join(other.cache)
+        text.rows = self
+        self.texts.append(text)
+
+    def leave(self, text: Text) -> None:
+        """Forget one of several rows; the last takes its place."""
+        row = self.texts.index(text)
+        self.cache.leave(row)
+        self.texts[row] = self.texts[-1]
+        self.texts.pop()
+        text.rows = None
+
+
+def _within(own: np.ndarray, other: np.ndarray, reach: Reach) -> np.ndarray:
+    """Whether tokens at some positions see those at others, as far as distance goes."""
+    seen: np.ndarray = np.ones((len(own), len(other)), np.bool_)
+    if reach.window is not None:
+        seen = own - other < reach.window
+    if reach.chunk is not None:
+        seen = own // reach.chunk == other // reach.chunk
+    return seen

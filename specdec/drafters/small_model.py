@@ -1,0 +1,291 @@
+"""A smaller language model as the drafter: chains, the likeliest trees, and trees sampled from its law."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specdec import cpu
+from specdec.attach import attach
+from specdec.core import Budget, Context, DraftTree
+from specdec.drafters import levels
+from specdec.drafters.model_rows import Rows, Text
+from specdec.drafters.translate import Translation
+from specdec.trees import sampling
+from specdec.trees.sampling import Level
+
+Tree = Literal["chain", "beam", "best-first", "rsd-c", "rsd-s", "iid"]
+IDLE = 4  # texts whose rows are kept after their end, for one that begins alike
+ANY_WIDTH = 1 << 30
+
+
+class SmallModelDrafter:
+    """Guesses what a smaller causal LM would write, in batches, one pass of it for each level of the trees.
+
+    Its KV rows hold exactly what has been committed: after a step the rows of accepted nodes stay, the others are cut,
+    and what it has not seen yet is fed in the pass that makes the next tree's first level. Rows of a text that has
+    ended serve the next one that begins alike, in the same namespace.
+
+    Where the target samples and is judged by ``RejectionVerifier``, "chain", "rsd-c", "rsd-s" and "iid" trees are
+    sampled, with a random generator of the drafter's own, and say the law that they were sampled from; else the
+    likeliest trees of such a shape are drafted, as "beam" and "best-first" always are.
+
+    Speculative decoding: Leviathan et al. 2023, arXiv 2211.17192. Sampled trees: Jeon et al. 2024, arXiv 2402.14160;
+    Miao et al. 2023, arXiv 2305.09781. Best first: Li et al. 2024, arXiv 2406.16858.
+
+    Args:
+        model: a transformers causal LM whose KV rows can hold trees.
+        tree: "chain"; "beam", the ``width`` likeliest paths of each level; "best-first", the likeliest paths that the
+            budget has room for; "rsd-c", children sampled without replacement; "rsd-s", ``width`` paths sampled without
+            replacement; "iid", children sampled independently.
+        temperature: of the drafts, 0 for the likeliest; None follows the target, its processors and warpers too.
+        tokenizer, target_tokenizer: both, where the two differ: then chains are drafted through text.
+        branching: children of each node, level by level, of "rsd-c" and "iid" trees.
+        width: paths of "beam" and "rsd-s" trees, and nodes expanded on each level of "best-first" ones; at most as wide
+            as the budget.
+        name: what ``stats`` calls it.
+        seed: of its random generator.
+        cpu_kernels: whether to make the model's float32 layers on the CPU quicker for short passes, as ``wrap`` does.
+
+    Attributes:
+        fed: tokens fed to the model so far.
+
+    Raises:
+        ValueError: for a model that takes no trees, an unknown kind of tree, or arguments that do not go together.
+    """
+
+    topk = 0
+    hidden = False
+
+    def __init__(
+        self,
+        model: Any,
+        tree: Tree = "chain",
+        temperature: float | None = None,
+        tokenizer: Any = None,
+        target_tokenizer: Any = None,
+        branching: Sequence[int] = (3, 2, 1, 1),
+        width: int = 4,
+        name: str = "small",
+        seed: int = 0,
+        cpu_kernels: bool = True,
+    ) -> None:
+        _check(tree, temperature, tokenizer, target_tokenizer, branching, width)
+        self.model = model.eval()
+        if cpu_kernels:
+            cpu.install(model)
+        self.form = attach(model, timed=False).form
+        if self.form.level != "tree":
+            raise ValueError(f"{type(model).__name__} takes no trees: {self.form.reason}")
+        self.tree, self.temperature, self.name = tree, temperature, name
+        self.branching, self.width = tuple(branching), width
+        self.translation = None if tokenizer is None else Translation(tokenizer, target_tokenizer)
+        config = model.config.get_text_config(decoder=True)
+        self.positions = getattr(config, "max_position_embeddings", None) or ANY_WIDTH
+        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.fed = 0
+        self._idle: list[tuple[str, Rows]] = []
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str, **arguments: Any) -> SmallModelDrafter:
+        """The drafter of a model in a directory or on the hub, on a GPU where there is one; ``arguments`` as above."""
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device), **arguments)
+
+    def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+        """One tree per context, within its budget; the root alone where the model's positions end."""
+        for context in contexts:
+            if context.finished:
+                self._end(context)
+        drafted = dict[int, DraftTree]()
+        if any(budget.nodes > 0 for budget in budgets):
+            texts = {id(context): self._text(context) for context in contexts if not context.finished}
+            going = [
+                (context, budget)
+                for context, budget in zip(contexts, budgets, strict=True)
+                if 0 < len(texts.get(id(context), ())) < self.positions
+            ]
+            drafted = self._draft(going, texts) if going else {}
+        return [drafted.get(id(context)) or DraftTree.root(int(context.tokens[-1])) for context in contexts]
+
+    def reset(self) -> None:
+        """Forget the rows of texts that have ended."""
+        with self._lock:
+            self._idle = []
+
+    def _text(self, context: Context) -> Int[np.ndarray, " length"]:
+        return context.tokens if self.translation is None else self.translation.inward(context)
+
+    def _draft(
+        self, going: Sequence[tuple[Context, Budget]], texts: dict[int, Int[np.ndarray, " length"]]
+    ) -> dict[int, DraftTree]:
+        """One tree for each of some contexts, by their id."""
+        try:
+            rows = self._gather([context for context, _ in going], texts)
+            place = {id(context.scratch[self]): (context, budget) for context, budget in going}
+            going = [place[id(row)] for row in rows.texts]
+            own, fed = [texts[id(context)] for context, _ in going], rows.fed
+            growths = [self._growth(*pair, text) for pair, text in zip(going, own, strict=True)]
+            drafts = self._grow(rows, [context for context, _ in going], growths, rows.read(own))
+            self.fed += rows.fed - fed
+        except BaseException:  # nobody knows what rows hold that were being written
+            for context, _ in going:
+                context.scratch.pop(self, None)
+            raise
+        return {
+            id(context): self._tree(context, budget, text, draft)
+            for (context, budget), text, draft in zip(going, own, drafts, strict=True)
+        }
+
+    def _grow(
+        self,
+        rows: Rows,
+        contexts: Sequence[Context],
+        growths: Sequence[levels.Drafting],
+        logits: Float[Tensor, "rows vocab"],
+    ) -> list[levels.Draft]:
+        """Feed all growths' levels together, until the last of them has ended."""
+        after = list(logits[:, None])
+        asked = [levels.advance(growth) for growth in growths]
+        while any(isinstance(each, Level) for each in asked):
+            asked = [
+                levels.advance(growth, self._processed(context, each, ours)) if isinstance(each, Level) else each
+                for context, growth, each, ours in zip(contexts, growths, asked, after, strict=True)
+            ]
+            wanted = [each if isinstance(each, Level) else None for each in asked]
+            if any(wanted):
+                after = rows.grow(wanted)
+        return [each for each in asked if isinstance(each, levels.Draft)]
+
+    def _growth(self, context: Context, budget: Budget, text: Int[np.ndarray, " length"]) -> levels.Drafting:
+        """How this context's tree grows."""
+        root, nodes, least = int(text[-1]), budget.nodes, budget.least
+        depth = min(budget.depth, nodes, self.positions - len(text))
+        width = 1 if self.tree == "chain" else min(self.width, budget.width, nodes)
+        if depth < 1 or width < 1:
+            return levels.likeliest(root, [], 1)
+        if self.tree == "best-first":
+            return levels.best_first(root, nodes, width, depth, least)
+        if self.tree in ("rsd-c", "iid"):
+            branching = levels.fitted(self.branching, nodes, depth, budget.width)
+        else:
+            branching = [width] * min(depth, nodes // width)
+        if not self._samples(context):
+            return levels.likeliest(root, branching, ANY_WIDTH if self.tree in ("rsd-c", "iid") else width, least)
+        if self.tree == "rsd-s":
+            return levels.sampled(sampling.stochastic_beam(root, width, len(branching), self.generator), least)
+        draw = sampling.independent if self.tree == "iid" else sampling.without_replacement
+        return levels.sampled(draw(root, branching, self.generator), least)
+
+    def _samples(self, context: Context) -> bool:
+        """Whether a context's tree is to be sampled."""
+        if self.tree in ("beam", "best-first") or self.translation is not None:
+            return False
+        if self.temperature is not None:
+            return self.temperature > 0
+        return context.choice is not None and context.choice.sample
+
+    def _processed(
+        self, context: Context, level: Level, logits: Float[Tensor, "level vocab"]
+    ) -> Float[Tensor, "level vocab"]:
+        """The drafter's logits as trees are grown from them: warped, and as wide as the target's vocabulary."""
+        choice = context.choice
+        if self.temperature:
+            logits = logits / self.temperature
+        if choice is None or self.translation is not None:
+            return logits
+        logits = nn.functional.pad(logits, (0, choice.vocab - logits.shape[1]), value=-torch.inf)
+        if self.temperature is not None or not choice.processors:
+            return logits
+        guessed = levels.newest(level)
+        ids = np.concatenate([np.broadcast_to(context.tokens, (len(guessed), len(context.tokens))), guessed], 1)
+        processed: Tensor = choice.processors(torch.from_numpy(ids).to(logits.device), logits)
+        return processed
+
+    def _tree(
+        self, context: Context, budget: Budget, text: Int[np.ndarray, " length"], draft: levels.Draft
+    ) -> DraftTree:
+        """What was grown, as the target's tokens."""
+        last, n = int(context.tokens[-1]), len(draft.tokens)
+        if n == 1:
+            return DraftTree.root(last)
+        if self.translation is None:
+            source = ("", *[self.name] * (n - 1))
+            return DraftTree(draft.tokens, draft.parents, draft.probability, source, draft.q, draft.law)
+        guesses = self.translation.outward(context, text.tolist(), draft.tokens[1:].tolist())
+        share = float(draft.probability[-1]) ** (1 / max(1, len(guesses)))  # as if all its tokens were equally likely
+        guesses = guesses[: min(budget.depth, budget.nodes)]
+        return DraftTree.chain(last, guesses, [share ** (i + 1) for i in range(len(guesses))], self.name)
+
+    def _gather(self, contexts: Sequence[Context], texts: dict[int, Int[np.ndarray, " length"]]) -> Rows:
+        """The rows of just these contexts, in some order; each one's ``Text`` is in its scratch."""
+        held = [context.scratch.get(self) for context in contexts]
+        rows = next((text.rows for text in held if text is not None and text.rows is not None), None)
+        if rows is not None:
+            for text in [text for text in rows.texts if text not in held]:
+                rows.leave(text)
+        for context, text in zip(contexts, held, strict=True):
+            if text is not None and text.rows is rows:
+                continue
+            joining, tokens = self._fresh(context, texts[id(context)]), texts[id(context)]
+            context.scratch[self] = joining.texts[0]
+            if len(contexts) > 1:  # only a row that has been read can join others
+                joining.read([tokens[:-1] if len(tokens) > 1 else tokens])
+            if rows is None:
+                rows = joining
+            else:
+                rows.join(joining)
+        assert rows is not None, "there is a context"
+        return rows
+
+    def _fresh(self, context: Context, tokens: Int[np.ndarray, " length"]) -> Rows:
+        """A row of its own for a new text: that of an ended one, if the text begins with half of what it holds."""
+        with self._lock:
+            for i, (namespace, rows) in reversed(list(enumerate(self._idle))):
+                (text,) = rows.texts
+                if namespace == context.namespace and 0 < len(text.tokens) <= 2 * text.common(tokens):
+                    self._idle.pop(i)
+                    return rows
+        return Rows(self.model, self.form)
+
+    def _end(self, context: Context) -> None:
+        """Let a finished context's row go; one that stands alone is kept for the next text."""
+        text: Text | None = context.scratch.pop(self, None)
+        rows = None if text is None else text.rows
+        if text is None or rows is None:
+            return
+        if len(rows.texts) > 1:
+            rows.leave(text)
+            return
+        rows.settle([self._text(context)])
+        with self._lock:
+            self._idle = [*self._idle, (context.namespace, rows)][-IDLE:]
+
+
+def _check(
+    tree: str,
+    temperature: float | None,
+    tokenizer: Any,
+    target_tokenizer: Any,
+    branching: Sequence[int],
+    width: int,
+) -> None:
+    if tree not in get_args(Tree):
+        raise ValueError(f"tree={tree!r}: give one of {', '.join(get_args(Tree))}")
+    if temperature is not None and not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: give a number from 0 on, or None to follow the target")
+    if (tokenizer is None) != (target_tokenizer is None):
+        raise ValueError("give both tokenizer and target_tokenizer, or neither where model and target share one")
+    if tokenizer is not None and tree != "chain":
+        raise ValueError(f"tree={tree!r}: with a tokenizer of its own, a drafter drafts chains")
+    if min(*branching, width) < 1:
+        raise ValueError(f"branching={tuple(branching)}, width={width}: give numbers from 1 on")
