@@ -71,6 +71,8 @@ def show(driver: Any, page: Path, width: int, height: int, dark: bool = False, a
     driver.get("about:blank")  # else a change of the part after # alone would not load the page anew
     driver.get(page.resolve().as_uri() + (f"#{at}" if at else ""))
     wait(driver, "const v = document.getElementById('viewer'); return !v || v.dataset.ready !== undefined")
+    if at:  # the browser has gone there before all was drawn
+        driver.execute_script("document.getElementById(arguments[0]).scrollIntoView({behavior: 'instant'})", at)
 
 
 def go(driver: Any, step: int) -> None:

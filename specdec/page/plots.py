@@ -28,7 +28,7 @@ def speeds(records: Sequence[Record], workload: str, ours: Container[str] = (), 
     def paint(axes: Axes) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.1, high * 1.1)
-        _ticks(axes, [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50) if low / 1.1 <= t <= high * 1.1])
+        _ticks(axes, [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if low / 1.1 <= t <= high * 1.1])
         axes.axvline(1, color=MUTED, linewidth=0.8)
         for y, record in enumerate(rows):
             _speed(axes, y, record, record["method"] in ours, mark)
