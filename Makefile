@@ -11,6 +11,7 @@ METHODS := plain,plain+kernels,auto,auto+kernels,suffix+kernels,recycling+kernel
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps langchain-huggingface lm-eval
 	touch $(READY)
 
 # The main job on a real model: the same tokens, and how much faster they come.

@@ -23,7 +23,7 @@ PUBLIC = {
         "wrap",
     },
     "specdec.drafters": {
-        "EarlyExitDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter",
+        "EarlyExitDrafter", "GrammarDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter",
         "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter",
     },
     "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier"},
