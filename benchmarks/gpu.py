@@ -13,13 +13,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "benchmarks" / "results" / "gpu"
-TESTS = ("test_kernels_*.py", "test_topk.py", "test_tree_attention*.py", "test_graphs.py")
+TESTS = ("test_kernels_*.py", "test_topk.py", "test_tree_attention*.py", "test_graph*.py")
 VOCAB, NODES, K = 128_256, 64, 8
+SIZES = (0, 1, 3, 7, 15, 31, 63)  # guessed nodes, which fill recorded passes with their roots
+TOKENS = 128
 
 
 def main() -> None:
@@ -101,39 +104,74 @@ def shallow(nodes: int) -> torch.Tensor:
 
 
 def steps() -> list[dict[str, Any]]:
-    """Milliseconds of a whole step by tree size, of a random Llama of 1.2B parameters after 2048 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Milliseconds of a whole step by tree size, as a graph and without, of a random Llama of 1.2B parameters."""
     import specdec
     from specdec.policies import FixedPolicy
+
+    model, ids = target()
+    plain, plain_ms = decoded(model, ids)
+    print(f"plain generate: {plain_ms:6.2f} ms a token")
+    rows = [{"method": "plain", "nodes": 0, "ms_per_step": plain_ms}]
+    for method in ("ordinary", "graph"):
+        specdec.wrap(model, Full(), policy := FixedPolicy(0))
+        graphs = model.generate.speculate.attach(model)[0].graphs
+        graphs.enabled = method == "graph"
+        for nodes in SIZES:
+            policy.fixed = FixedPolicy(nodes, 8, 2).fixed
+            start = perf_counter()
+            timed(model, ids, 4)  # compiles and records
+            first = perf_counter() - start
+            specdec.stats(model).reset()
+            tokens, ms = decoded(model, ids)
+            ms *= (TOKENS - 1) / (specdec.stats(model).steps - 2)  # two prompts
+            same = torch.equal(tokens, plain)
+            recorded = method == "graph" and graphs.enabled
+            rows.append({"method": method, "nodes": nodes, "ms_per_step": ms, "first_seconds": first,
+                         "recorded": recorded, "same_tokens": same})  # fmt: skip
+            print(f"{method:8} {nodes:3} nodes: {ms:6.2f} ms a step, {first:5.2f} s the first time, "
+                  f"tokens {'equal' if same else 'differ'}")  # fmt: skip
+        for reason in specdec.stats(model).reasons:
+            print(f"{method}: {reason}")
+        specdec.unwrap(model)
+    return rows
+
+
+def target() -> tuple[Any, torch.Tensor]:
+    """A random model in bfloat16, and a prompt of 2048 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=None,
     )  # fmt: skip
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-        ids = torch.randint(VOCAB, (1, 2048))
-    plain, plain_seconds = decoded(model, ids)
-    rows = []
-    for nodes in (0, 1, 4, 16, 64):
-        specdec.wrap(model, policy=FixedPolicy(nodes))
-        decoded(model, ids)  # compiles
-        specdec.stats(model).reset()
-        tokens, seconds = decoded(model, ids)
-        ms = 1e3 * seconds / (specdec.stats(model).steps - 2)  # two prompts
-        rows.append({"nodes": nodes, "ms_per_step": ms, "same_tokens": torch.equal(tokens, plain)})
-        print(f"{nodes:3} nodes: {ms:6.2f} ms a step, tokens {'equal' if torch.equal(tokens, plain) else 'differ'}")
-        specdec.unwrap(model)
-    print(f"plain generate: {1e3 * plain_seconds / (plain.shape[1] - ids.shape[1] - 1):6.2f} ms a token")
-    return rows
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval(), torch.randint(VOCAB, (1, 2048))
+
+
+class Full:
+    """Drafts as many nodes as it may, two children each: what trees cost, whatever they are worth."""
+
+    name, topk, hidden = "full", 0, False
+
+    def draft(self, contexts: Any, budgets: Any) -> list[Any]:
+        """One tree per context, as large as its budget."""
+        from specdec.core import DraftTree
+
+        trees = []
+        for context, budget in zip(contexts, budgets, strict=True):
+            nodes = min(1 + budget.nodes, 2 ** (budget.depth + 1) - 1)
+            tokens = np.arange(nodes) + int(context.tokens[-1])
+            parents = shallow(nodes)[0].cpu().numpy()
+            tokens[1:] %= VOCAB
+            trees.append(DraftTree(tokens, parents, np.ones(nodes, np.float32), ("", *["full"] * (nodes - 1))))
+        return trees
 
 
 def decoded(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """128 tokens, and the seconds that those after the first took."""
+    """``TOKENS`` tokens, and the milliseconds that each after the first took."""
     _, first = timed(model, ids, 1)
-    tokens, seconds = timed(model, ids, 128)
-    return tokens, seconds - first
+    tokens, seconds = timed(model, ids, TOKENS)
+    return tokens, 1e3 * (seconds - first) / (TOKENS - 1)
 
 
 def timed(model: Any, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from specdec.attention import likely
 from specdec.core import DraftTree, Unsupported
 from specdec.costs import Costs
+from specdec.graphed import GraphedSteps
 from specdec.model import Form, Model, compiled, reaches
 from specdec.timing import costs_of
 
@@ -41,11 +42,13 @@ class Attachment:
         form: how drafts are fed.
         costs: what passes cost; None where nothing can be fed.
         why_timed: why pass times saved earlier were not used; empty where nothing is wrong.
+        graphs: of its greedy steps, as they get recorded.
     """
 
     form: Form
     costs: Costs | None = None
     why_timed: str = ""
+    graphs: GraphedSteps = field(default_factory=GraphedSteps)
 
 
 def attach(module: nn.Module, timed: bool = True) -> Attachment:

@@ -146,6 +146,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._values[:, :, : keys.shape[2]] = values
         self._show()
 
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots of keys and of values, spare ones among them."""
+        return self._keys, self._values
+
+    def move_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy what is held to somebody else's buffers with room for it, and write there from now on."""
+        rows, end = len(self.lengths), max(self.lengths) - self.offset
+        keys[:rows, :, :end], values[:rows, :, :end] = self._keys[:rows, :, :end], self._values[:rows, :, :end]
+        self._keys, self._values = keys, values
+        self._show()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots that a pass over ``query_length`` tokens sees, and the token that the first of them holds."""
         first = self._first()

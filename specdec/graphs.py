@@ -24,6 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from specdec import trees
 from specdec.core import DraftTree
 from specdec.kernels.ancestors import ancestors
+from specdec.kernels.dispatch import launching
 from specdec.kernels.move_rows import move_rows
 from specdec.kernels.topk import topk
 from specdec.kernels.walk import walk
@@ -34,6 +35,7 @@ Step = Callable[
     [Tensor, Tensor, Tensor, Tensor], Tensor
 ]  # tokens, parents, depth, lengths -> [rows, 1 + width (1 + k)]
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # tokens, positions, ancestors, lengths -> logits
+Record = Callable[[Callable[[], Tensor]], "Recording"]
 
 
 class Recording(Protocol):
@@ -47,17 +49,27 @@ class Recording(Protocol):
 
 
 class CudaRecording:
-    """What ``function`` launches on the GPU, as a graph. It must give the same when it is run again at once."""
+    """What ``function`` launches on the current GPU, as a graph. It must give the same when it is run again at once.
 
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
+    Args:
+        function: reads nothing back to the host, and takes no tensors from it.
+        pool: memory that several graphs work in, which must not run at once; each one's ``out`` is to be read before
+            another is replayed. None for memory of its own.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], pool: Any = None) -> None:
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(here)
         with torch.cuda.stream(side):
             function()  # compiles kernels and makes libraries' workspaces, which a capture may not
-        torch.cuda.current_stream().wait_stream(side)
+        here.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.out = function()
+        try:
+            # Other threads may go on allocating memory meanwhile, which a "global" capture would make an error.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self.out = function()
+        finally:
+            torch.cuda.set_stream(here)  # a capture that fails would leave its own stream behind
 
     def replay(self) -> None:
         """Launch the whole graph."""
@@ -97,7 +109,7 @@ class GraphedPass:
         rows: int,
         device: torch.device,
         widths: Sequence[int] = WIDTHS,
-        record: Callable[[Callable[[], Tensor]], Recording] = CudaRecording,
+        record: Record = CudaRecording,
     ) -> None:
         self.step, self.rows, self.device, self.widths, self.record = step, rows, device, widths, record
         self._recordings: dict[int, tuple[Tensor, Tensor, Recording]] = {}
@@ -108,31 +120,43 @@ class GraphedPass:
         Raises:
             ValueError: a tree is wider than the widest recording, or there is not one tree per row.
         """
+        width = self.prepare(batch, lengths)
+        host, fed, recording = self._recordings[width]
+        _fill(host.numpy(), batch, lengths)
+        fed.copy_(host, non_blocking=True)
+        recording.replay()
+        return _judged(recording.out.to("cpu", copy=True).numpy(), width)
+
+    def prepare(self, batch: Sequence[DraftTree], lengths: Sequence[int]) -> int:
+        """Make the recording for such trees, if there is none; its width. Raises as a call does."""
         widest = max(map(len, batch))
         width = next((width for width in self.widths if width >= widest), 0)
         if not width or len(batch) != self.rows:
             raise ValueError(f"got {len(batch)} trees of up to {widest} nodes; {self.rows} of {self.widths[-1]} fit")
         if width not in self._recordings:
-            self._recordings[width] = self._record(width, batch, lengths)
-        host, fed, recording = self._recordings[width]
-        _fill(host.numpy(), batch, lengths)
-        fed.copy_(host, non_blocking=True)
-        recording.replay()
-        return _judged(recording.out.cpu().numpy(), width)
-
-    def _record(
-        self, width: int, batch: Sequence[DraftTree], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Recording]:
-        on_gpu = self.device.type == "cuda"
-        host = torch.empty(self.rows, 3 * width + 1, dtype=torch.int64, pin_memory=on_gpu)
-        _fill(host.numpy(), batch, lengths)  # the first runs must not leave the cache's slots
-        fed = host.to(self.device, copy=True)
-        tokens, parents, depth = (fed[:, i * width : (i + 1) * width] for i in range(3))
-        return host, fed, self.record(lambda: self.step(tokens, parents, depth, fed[:, -1]))
+            host = torch.empty(self.rows, 3 * width + 1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            _fill(host.numpy(), batch, lengths)  # the first runs must not leave the cache's slots
+            fed = host.to(self.device, copy=True)
+            with launching(fed):
+                self._recordings[width] = host, fed, self.record(lambda: self.step(*split(fed)))
+        return width
 
     def forget(self) -> None:
         """Drop all recordings: what they wrote to has moved."""
         self._recordings.clear()
+
+
+def feed(batch: Sequence[DraftTree], lengths: Sequence[int], width: int) -> Int[Tensor, "rows fed"]:
+    """All that a step needs to know of its trees, for one copy; ``split`` takes it apart."""
+    fed = np.empty((len(batch), 3 * width + 1), np.int64)
+    _fill(fed, batch, lengths)
+    return torch.from_numpy(fed)
+
+
+def split(fed: Int[Tensor, "rows fed"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents and depth of the nodes, and the rows' lengths: views."""
+    tokens, parents, depth = fed[:, :-1].chunk(3, 1)
+    return tokens, parents, depth, fed[:, -1]
 
 
 def _fill(fed: np.ndarray, batch: Sequence[DraftTree], lengths: Sequence[int]) -> None:
@@ -161,9 +185,7 @@ def greedy_step(forward: Forward, layers: Sequence[StaticSlots], k: int = 1) -> 
     """
 
     def step(tokens: Tensor, parents: Tensor, depth: Tensor, lengths: Tensor) -> Tensor:
-        for layer in layers:
-            layer.lengths = lengths
-        logits = forward(tokens, lengths[:, None] + depth, ancestors(parents), lengths)
+        logits = passed(forward, layers, tokens, parents, depth, lengths)
         candidates = topk(logits.flatten(0, 1), k).view(*tokens.shape, k)
         paths, bonus = walk(tokens, parents, candidates[:, :, 0])
         for layer in layers:
@@ -171,6 +193,15 @@ def greedy_step(forward: Forward, layers: Sequence[StaticSlots], k: int = 1) -> 
         return torch.cat([paths, bonus[:, None], candidates.flatten(1)], dim=1)
 
     return step
+
+
+def passed(
+    forward: Forward, layers: Sequence[StaticSlots], tokens: Tensor, parents: Tensor, depth: Tensor, lengths: Tensor
+) -> Float[Tensor, "rows width vocab"]:
+    """The target's pass alone, of which every layer is told where to write."""
+    for layer in layers:
+        layer.lengths = lengths
+    return forward(tokens, lengths[:, None] + depth, ancestors(parents), lengths)
 
 
 class StaticSlots(CacheLayerMixin):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,9 @@ from specdec.attention import Attention, switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
+
+if TYPE_CHECKING:
+    from specdec.graphed import GraphedSteps
 
 Level = Literal["tree", "chain", "plain"]
 OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict")
@@ -73,7 +76,13 @@ class Model:
     Args:
         module: a transformers causal LM, in evaluation mode.
         form: what its self-test found.
+
+    Attributes:
+        graphs: for whole steps at once, while they are lent to this generation.
     """
+
+    graphs: GraphedSteps | None = None
+    _advanced = False  # further than the cache knows
 
     def __init__(self, module: nn.Module, form: Form) -> None:
         self.module: Any = module
@@ -158,6 +167,7 @@ class Model:
     @torch.no_grad()
     def forward(self, batch: Sequence[DraftTree], hidden: bool = False) -> Pass:
         """One target pass over every node of every row's tree; row i of the result is what follows node i."""
+        self.settle()
         layout = Layout.of(batch, self._width(batch)).to(self.device)
         self._batch, self._base = batch, list(self.lengths)
         if not isinstance(self.cache, SlotCache) and layout.tokens.shape[1] > 1:
@@ -225,6 +235,17 @@ class Model:
             self._replay(paths)
         self.lengths = [base + len(path) for base, path in zip(self._base, paths, strict=True)]
 
+    def advance(self, paths: Sequence[Sequence[int]]) -> None:
+        """As ``keep``, after a step by a graph, which has moved the rows itself and does not ask the cache."""
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        self._advanced = True
+
+    def settle(self) -> None:
+        """Tell the cache how far its rows have advanced."""
+        if self._advanced and isinstance(self.cache, SlotCache):
+            self.cache.keep(self.lengths, [()] * len(self.lengths))
+        self._advanced = False
+
     def _replay(self, paths: Sequence[Sequence[int]]) -> None:
         """Recurrent states cannot be cut back: restore those before the pass and run the kept tokens again."""
         _restore(self.cache, self._snapshot)
@@ -242,6 +263,9 @@ class Model:
             chains = [DraftTree.chain(row[0], row[1:], [1.0] * len(row[1:]), "") if row else ROOT for row in missing]
             self.forward(chains)
             self.keep([range(len(row)) for row in missing])
+        self.settle()
+        if isinstance(self.cache, SlotCache) and self.graphs is not None:
+            self.graphs.give_back(self.cache)
         if isinstance(self.cache, SlotCache) and self.foreign is not None:
             self.cache.hand_back(self.foreign)
             return self.foreign

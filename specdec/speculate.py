@@ -146,10 +146,12 @@ class Speculate:
             raise Unsupported("the cache holds tokens that are not in the text (prompt tuning?)")
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats)
-        if attachment.costs is not None:
-            attachment.costs.keep()
-        return self._output(input_ids, generation_config, sampler, target, stats)
+        longest = None if sampler.max_length is None else sampler.max_length + earlier
+        with attachment.graphs.lent(target, longest):
+            self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats)
+            if attachment.costs is not None:
+                attachment.costs.keep()
+            return self._output(input_ids, generation_config, sampler, target, stats)
 
     def _decode(
         self,
@@ -171,6 +173,11 @@ class Speculate:
         choice = Choice(logits.shape[-1], sampler.sample and self._weighs, sampler.foreseeing)
         for context in contexts:
             context.choice = choice
+        bind = getattr(self.drafter, "bind", None)  # of a drafter that works with the target's own weights and rows
+        if bind is not None:
+            target.graphs = None  # they would move the rows without a word to who reads them
+        if bind is not None and (why := bind(target, contexts)):
+            stats.reason(f"{drafter.name} does without the target: {why}")
         for context, verdict in zip(contexts, verifier.first(contexts, logits), strict=True):
             context.extend(verdict)
             stats.observe(verdict)

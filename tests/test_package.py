@@ -23,8 +23,8 @@ PUBLIC = {
         "wrap",
     },
     "specdec.drafters": {
-        "EarlyExitDrafter", "GrammarDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput", "RecyclingDrafter",
-        "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter",
+        "EarlyExitDrafter", "GrammarDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput",
+        "RecyclingDrafter", "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter",
     },
     "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier"},
     "specdec.policies": {"FixedPolicy", "ThresholdPolicy", "ThroughputPolicy"},

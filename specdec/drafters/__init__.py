@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from specdec.drafters.retrieval import RetrievalDrafter
     from specdec.drafters.small_model import SmallModelDrafter
     from specdec.drafters.suffix import SuffixDrafter
+    from specdec.drafters.triforce import TriForceDrafter
 
 _MODULES = {
     "EarlyExitDrafter": "early_exit",
@@ -28,6 +29,7 @@ _MODULES = {
     "RetrievalDrafter": "retrieval",
     "SmallModelDrafter": "small_model",
     "SuffixDrafter": "suffix",
+    "TriForceDrafter": "triforce",
 }
 __all__ = [
     "EarlyExitDrafter",
@@ -40,6 +42,7 @@ __all__ = [
     "RetrievalDrafter",
     "SmallModelDrafter",
     "SuffixDrafter",
+    "TriForceDrafter",
 ]
 
 

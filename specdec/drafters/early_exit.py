@@ -68,34 +68,39 @@ def with_layers(model: Any, kept: Sequence[int], lens: nn.Module | None = None) 
         text.layer_types = [text.layer_types[layer] for layer in kept]
     shallow = _twin(model, {id(model.config): fewer, id(config): text})
     cpu.remove(shallow)  # those run the other's layers
-    owner = shallow.get_submodule(path.rpartition(".")[0])
-    layers = [owner.get_submodule(path.rpartition(".")[2])[layer] for layer in kept]
+    layers = [shallow.get_submodule(path)[layer] for layer in kept]
     for number, layer in enumerate(layers):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = number  # where in the cache its keys and values are
-    owner._modules[path.rpartition(".")[2]] = nn.ModuleList(layers)
+    _replace(shallow, path, nn.ModuleList(layers))
     if lens is not None:
         head = model.get_output_embeddings()
-        name = next(name for name, part in model.named_modules() if part is head)
-        shallow._modules[name] = nn.Sequential(lens, shallow.get_submodule(name))
+        path = next(name for name, part in model.named_modules() if part is head)
+        _replace(shallow, path, nn.Sequential(lens, shallow.get_submodule(path)))
     return shallow
 
 
 def _stack(model: Any, layers: int) -> str:
-    """Where a model's layers are."""
-    found = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
-    if len(found) != 1:
-        raise ValueError(f"{type(model).__name__}: found {len(found)} lists of {layers} layers, one was expected")
-    path: str = found[0]
-    return path
+    """Where a model's layers are: the outermost list of so many modules."""
+    lists: list[str] = [
+        name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers
+    ]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {layers} layers")
+    return min(lists, key=lambda name: name.count("."))
+
+
+def _replace(module: Any, path: str, part: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._modules[name] = part
 
 
 def _twin(module: nn.Module, configs: dict[int, Any]) -> Any:
     """The same modules anew, of the same weights; ``configs`` has what stands in for each configuration."""
     twin = copy.copy(module)
     twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-    twin._modules = {name: part and _twin(part, configs) for name, part in module._modules.items()}
+    twin._modules = {name: None if part is None else _twin(part, configs) for name, part in module._modules.items()}
     vars(twin).pop("generate", None)  # of a model that is wrapped
     if id(getattr(module, "config", None)) in configs:
         twin.config = configs[id(module.config)]

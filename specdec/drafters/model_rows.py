@@ -105,20 +105,19 @@ class Rows:
     Args:
         module: a transformers causal LM, in evaluation mode.
         form: what its self-test found; at level "tree".
+        n: how many rows to begin with; they hold nothing.
 
     Attributes:
         texts: one per row.
-        fed: tokens fed so far.
     """
 
-    def __init__(self, module: Any, form: Form) -> None:
+    def __init__(self, module: Any, form: Form, n: int = 1) -> None:
         self.module, self.form = module, form
         self.takes_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
         self.config = module.config.get_text_config(decoder=True)
         # No windows: levels count as slots, not as tokens. Masks say how far back is seen.
         self.cache = SlotCache(layer_class_to_replicate=SlotLayer)
-        self.texts = [Text(self)]
-        self.fed = 0
+        self.texts = [Text(self) for _ in range(n)]
 
     def settle(self, texts: Sequence[Int[np.ndarray, " length"]]) -> None:
         """Forget what these texts, one per row, do not begin with, and their last tokens."""
@@ -178,7 +177,6 @@ class Rows:
                 **inputs, **options, attention_mask=mask, past_key_values=self.cache, use_cache=True, return_dict=True
             )
         self.cache.keep(slots, [range(length) for length in lengths])
-        self.fed += sum(lengths)
         logits: Tensor = outputs.logits[:, -last:].float()
         return logits
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -11,18 +10,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specdec import cpu
+from specdec import cpu, demo
 from specdec.attach import attach
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import levels
-from specdec.drafters.model_rows import Rows, Text
+from specdec.drafters.model_rows import Rows
+from specdec.drafters.row_keeper import RowKeeper
 from specdec.drafters.translate import Translation
 from specdec.trees import sampling
 from specdec.trees.sampling import Level
 
 Tree = Literal["chain", "beam", "best-first", "rsd-c", "rsd-s", "iid"]
-IDLE = 4  # texts whose rows are kept after their end, for one that begins alike
 ANY_WIDTH = 1 << 30
+OWN = 7919  # any number
 
 
 class SmallModelDrafter:
@@ -50,11 +50,8 @@ class SmallModelDrafter:
         width: paths of "beam" and "rsd-s" trees, and nodes expanded on each level of "best-first" ones; at most as wide
             as the budget.
         name: what ``stats`` calls it.
-        seed: of its random generator.
+        seed: from 0 on, of its random generator; the target may start from the same.
         cpu_kernels: whether to make the model's float32 layers on the CPU quicker for short passes, as ``wrap`` does.
-
-    Attributes:
-        fed: tokens fed to the model so far.
 
     Raises:
         ValueError: for a model that takes no trees, an unknown kind of tree, or arguments that do not go together.
@@ -80,18 +77,19 @@ class SmallModelDrafter:
         self.model = model.eval()
         if cpu_kernels:
             cpu.install(model)
-        self.form = attach(model, timed=False).form
-        if self.form.level != "tree":
-            raise ValueError(f"{type(model).__name__} takes no trees: {self.form.reason}")
+        form = attach(model, timed=False).form
+        if form.level != "tree":
+            raise ValueError(f"{type(model).__name__} takes no trees: {form.reason}")
         self.tree, self.temperature, self.name = tree, temperature, name
         self.branching, self.width = tuple(branching), width
         self.translation = None if tokenizer is None else Translation(tokenizer, target_tokenizer)
         config = model.config.get_text_config(decoder=True)
         self.positions = getattr(config, "max_position_embeddings", None) or ANY_WIDTH
-        self.generator = torch.Generator(model.device).manual_seed(seed)
-        self.fed = 0
-        self._idle: list[tuple[str, Rows]] = []
-        self._lock = threading.Lock()
+        self.known = int(model.get_input_embeddings().num_embeddings)
+        # Not the seed itself: a target that starts from the same one would draw the very numbers of its draft.
+        own = np.random.SeedSequence([seed, OWN]).generate_state(1, np.uint32)
+        self._generator = torch.Generator(model.device).manual_seed(int(own[0]))
+        self._keeper = RowKeeper(model, form)
 
     @classmethod
     def load(cls, path: str, **arguments: Any) -> SmallModelDrafter:
@@ -99,47 +97,48 @@ class SmallModelDrafter:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device), **arguments)
+        return cls(AutoModelForCausalLM.from_pretrained(demo.resolve(path), dtype="auto").to(device), **arguments)
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
-        """One tree per context, within its budget; the root alone where the model's positions end."""
+        """One tree per context, within its budget; the root alone where the model cannot read the text."""
         for context in contexts:
             if context.finished:
-                self._end(context)
+                self._keeper.end(context, self._text)
         drafted = dict[int, DraftTree]()
         if any(budget.nodes > 0 for budget in budgets):
             texts = {id(context): self._text(context) for context in contexts if not context.finished}
             going = [
                 (context, budget)
                 for context, budget in zip(contexts, budgets, strict=True)
-                if 0 < len(texts.get(id(context), ())) < self.positions
+                if not context.finished and self._reads(texts[id(context)])
             ]
             drafted = self._draft(going, texts) if going else {}
         return [drafted.get(id(context)) or DraftTree.root(int(context.tokens[-1])) for context in contexts]
 
     def reset(self) -> None:
         """Forget the rows of texts that have ended."""
-        with self._lock:
-            self._idle = []
+        self._keeper.reset()
 
     def _text(self, context: Context) -> Int[np.ndarray, " length"]:
         return context.tokens if self.translation is None else self.translation.inward(context)
+
+    def _reads(self, text: Int[np.ndarray, " length"]) -> bool:
+        """Whether the model knows all tokens of a text, and a position to say more."""
+        return 0 < len(text) < self.positions and int(text.max()) < self.known
 
     def _draft(
         self, going: Sequence[tuple[Context, Budget]], texts: dict[int, Int[np.ndarray, " length"]]
     ) -> dict[int, DraftTree]:
         """One tree for each of some contexts, by their id."""
         try:
-            rows = self._gather([context for context, _ in going], texts)
-            place = {id(context.scratch[self]): (context, budget) for context, budget in going}
-            going = [place[id(row)] for row in rows.texts]
-            own, fed = [texts[id(context)] for context, _ in going], rows.fed
+            rows = self._keeper.gather([context for context, _ in going], texts)
+            place = {id(self._keeper.text(context)): (context, budget) for context, budget in going}
+            going = [place[id(text)] for text in rows.texts]
+            own = [texts[id(context)] for context, _ in going]
             growths = [self._growth(*pair, text) for pair, text in zip(going, own, strict=True)]
             drafts = self._grow(rows, [context for context, _ in going], growths, rows.read(own))
-            self.fed += rows.fed - fed
         except BaseException:  # nobody knows what rows hold that were being written
-            for context, _ in going:
-                context.scratch.pop(self, None)
+            self._keeper.forget(context for context, _ in going)
             raise
         return {
             id(context): self._tree(context, budget, text, draft)
@@ -182,9 +181,9 @@ class SmallModelDrafter:
         if not self._samples(context):
             return levels.likeliest(root, branching, ANY_WIDTH if self.tree in ("rsd-c", "iid") else width, least)
         if self.tree == "rsd-s":
-            return levels.sampled(sampling.stochastic_beam(root, width, len(branching), self.generator), least)
+            return levels.sampled(sampling.stochastic_beam(root, width, len(branching), self._generator), least)
         draw = sampling.independent if self.tree == "iid" else sampling.without_replacement
-        return levels.sampled(draw(root, branching, self.generator), least)
+        return levels.sampled(draw(root, branching, self._generator), least)
 
     def _samples(self, context: Context) -> bool:
         """Whether a context's tree is to be sampled."""
@@ -225,50 +224,6 @@ class SmallModelDrafter:
         share = float(draft.probability[-1]) ** (1 / max(1, len(guesses)))  # as if all its tokens were equally likely
         guesses = guesses[: min(budget.depth, budget.nodes)]
         return DraftTree.chain(last, guesses, [share ** (i + 1) for i in range(len(guesses))], self.name)
-
-    def _gather(self, contexts: Sequence[Context], texts: dict[int, Int[np.ndarray, " length"]]) -> Rows:
-        """The rows of just these contexts, in some order; each one's ``Text`` is in its scratch."""
-        held = [context.scratch.get(self) for context in contexts]
-        rows = next((text.rows for text in held if text is not None and text.rows is not None), None)
-        if rows is not None:
-            for text in [text for text in rows.texts if text not in held]:
-                rows.leave(text)
-        for context, text in zip(contexts, held, strict=True):
-            if text is not None and text.rows is rows:
-                continue
-            joining, tokens = self._fresh(context, texts[id(context)]), texts[id(context)]
-            context.scratch[self] = joining.texts[0]
-            if len(contexts) > 1:  # only a row that has been read can join others
-                joining.read([tokens[:-1] if len(tokens) > 1 else tokens])
-            if rows is None:
-                rows = joining
-            else:
-                rows.join(joining)
-        assert rows is not None, "there is a context"
-        return rows
-
-    def _fresh(self, context: Context, tokens: Int[np.ndarray, " length"]) -> Rows:
-        """A row of its own for a new text: that of an ended one, if the text begins with half of what it holds."""
-        with self._lock:
-            for i, (namespace, rows) in reversed(list(enumerate(self._idle))):
-                (text,) = rows.texts
-                if namespace == context.namespace and 0 < len(text.tokens) <= 2 * text.common(tokens):
-                    self._idle.pop(i)
-                    return rows
-        return Rows(self.model, self.form)
-
-    def _end(self, context: Context) -> None:
-        """Let a finished context's row go; one that stands alone is kept for the next text."""
-        text: Text | None = context.scratch.pop(self, None)
-        rows = None if text is None else text.rows
-        if text is None or rows is None:
-            return
-        if len(rows.texts) > 1:
-            rows.leave(text)
-            return
-        rows.settle([self._text(context)])
-        with self._lock:
-            self._idle = [*self._idle, (context.namespace, rows)][-IDLE:]
 
 
 def _check(

@@ -81,6 +81,37 @@ class PathwiseVerifier:
     def verify(self, contexts: Sequence[Context], batch: Sequence[DraftTree]) -> list[Verdict]:
         """One target pass over every tree; keeps the accepted paths' KV rows. Rows that have ended get no tokens."""
         batch = self._with_padding(batch)
+        return self._by_graph(batch) or self._by_pass(batch)
+
+    def _by_graph(self, batch: Sequence[DraftTree]) -> list[Verdict] | None:
+        """Pass, walk and kept rows at once, with one copy to the device and one back; None where that cannot be."""
+        graphs = self.model.graphs
+        if graphs is None or self.hidden or self.likelihood or not self.sampler.quick:
+            return None
+        with self.stats.clock("verify"):
+            graphed = graphs.ready(self.model, batch, max(1, self.topk), self.stats)
+            if graphed is None:
+                return None
+            start = time.perf_counter()
+            judged = graphed(batch, self.model.lengths)
+            seconds = time.perf_counter() - start
+        with self.stats.clock("walk"):
+            steps = [
+                self._descend(group, batch[row], judged.paths[row], judged.candidates[row, :, 0])
+                for row, group in enumerate(self.sampler.groups)
+            ]
+        self.model.advance([path for path, _ in steps])
+        candidates = [
+            judged.candidates[row, : len(tree)] if self.topk and steps[row][0] else None
+            for row, tree in enumerate(batch)
+        ]
+        return [
+            Verdict(tree, np.array(path, np.int64), np.array(tokens, np.int64), best, seconds=seconds)
+            for tree, (path, tokens), best in zip(batch, steps, candidates, strict=True)
+        ]
+
+    def _by_pass(self, batch: Sequence[DraftTree]) -> list[Verdict]:
+        """The pass, then the walk, then the rows that are kept."""
         start = time.perf_counter()
         with self.stats.clock("verify"):
             result = self.model.forward(batch, self.hidden)
@@ -146,20 +177,27 @@ class PathwiseVerifier:
     ) -> list[tuple[int, tuple[list[int], list[int]]]]:
         """Greedy and nothing between argmax and token: compare the whole tree at once, on the host."""
         (row,) = group.rows
+        tree, best = batch[row], candidates[row]
         if self.sampler.finished[row]:
             return [(row, ([], []))]
-        self.stats.judge("match")
-        tree, best = batch[row], candidates[row]
         top = topk(logits[row, : len(tree)].float(), 1).cpu().numpy() if best is None else best
-        choices = top[:, 0]
-        path = trees.greedy_path(tree.tokens, tree.parents, choices).tolist()
-        tokens: list[int] = []
+        return [(row, self._descend(group, tree, trees.greedy_path(tree.tokens, tree.parents, top[:, 0]), top[:, 0]))]
+
+    def _descend(
+        self, group: Group, tree: DraftTree, accepted: Int[np.ndarray, " path"], choices: Int[np.ndarray, " nodes"]
+    ) -> tuple[list[int], list[int]]:
+        """Commit what the target chose after each accepted node, until a rule ends the row; its path and tokens."""
+        (row,) = group.rows
+        if self.sampler.finished[row]:
+            return [], []
+        self.stats.judge("match")
+        path, tokens = accepted.tolist(), list[int]()
         for i, node in enumerate(path):
             tokens.append(int(choices[node]))
             self.sources[row].append(tree.source[path[i + 1]] if i + 1 < len(path) else "")
             if self.sampler.commit_quick(group, tokens[-1]):
                 break
-        return [(row, (path[: len(tokens)], tokens))]
+        return path[: len(tokens)], tokens
 
     def _walk(
         self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
