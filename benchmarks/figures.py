@@ -21,7 +21,11 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results"
     for page, sections in {
         ROOT / "README.md": {"figures": figures(results, BRIEF)},
-        ROOT / "docs" / "performance.md": {"costs": costs(results), "speeds": figures(results, against=True)},
+        ROOT / "docs" / "performance.md": {
+            "costs": costs(results),
+            "speeds": figures(results, against=True),
+            "suffix trees": suffix_table(results),
+        },
     }.items():
         old = new = page.read_text()
         for name, text in sections.items():
@@ -181,6 +185,35 @@ def _product_table(products: Sequence[Report]) -> str:
     }
     rows = [[shape, *(cells[shape, n] for n in counts)] for shape in dict.fromkeys(shape for shape, _ in cells)]
     return _rows(["weight", *(f"{n} rows" for n in counts)], rows)
+
+
+def suffix_table(directory: Path) -> str:
+    """What benchmarks/suffix_cache.py and suffix_append.py found, in Markdown."""
+    parts = [_replay_table(report) for report in _read(directory, "replays")]
+    parts += [_append_table(report["append"]) for report in _read(directory, "append")]
+    return "\n\n".join(parts) or "not measured yet"
+
+
+def _replay_table(report: Report) -> str:
+    """One line of each trace, one column of each player."""
+    names = list(dict.fromkeys(r["who"] for r in report["replays"]))
+    rows: dict[str, list[str]] = {}
+    for r in report["replays"]:
+        cell = f"{r['tokens_per_step']:.3f} / {r['us_per_token']:.1f} / {r['bytes_per_token']:.0f}"
+        rows.setdefault(f"{r['trace']} ({r['tokens']} tokens)", []).append(cell)
+    head = f"Tokens per step / microseconds per token / bytes per token, at most {report['nodes']} guesses per step:"
+    return f"{head}\n\n{_rows(['trace', *names], [[trace, *cells] for trace, cells in rows.items()])}"
+
+
+def _append_table(append: dict[str, list[Report]]) -> str:
+    """One line of each limit of memory, one column of each million tokens."""
+    millions = [f"{r['million']}" for r in next(iter(append.values()))]
+    rows = [
+        [limit, *(f"{r['us_per_token']:.1f} / {r['bytes_per_token_held']:.0f}" for r in taken)]
+        for limit, taken in append.items()
+    ]
+    head = "Microseconds of appending a token, in each million of them / bytes of each that is held, by `max_bytes`:"
+    return f"{head}\n\n{_rows(['million', *millions], rows)}"
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -52,18 +52,18 @@ class Ours:
     """Any drafter of this library."""
 
     def __init__(self, drafter: Any, budget: Budget):
-        self.drafter, self.budget = drafter, budget
+        self.drafter, self.budgets = drafter, [budget]
+        self.root, self.path = DraftTree.root(0), np.zeros(1, np.int64)  # of verdicts, which are no drafter's work
 
     def start(self, prompt: np.ndarray) -> None:
         self.context = Context(prompt)
 
     def draft(self) -> tuple[np.ndarray, np.ndarray]:
-        [tree] = self.drafter.draft([self.context], [self.budget])
+        [tree] = self.drafter.draft([self.context], self.budgets)
         return tree.tokens, tree.parents
 
     def commit(self, tokens: np.ndarray) -> None:
-        root = DraftTree.root(0)
-        self.context.extend(Verdict(root, np.zeros(1, np.int64), tokens))
+        self.context.extend(Verdict(self.root, self.path, tokens))
 
     def stop(self) -> None:
         self.context.finished = True

@@ -15,6 +15,7 @@ from specdec.commands.compare import compare
 from specdec.commands.generate import generate
 from specdec.commands.index import index
 from specdec.commands.replay import replay
+from specdec.commands.serve import serve
 from specdec.commands.show import show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -33,7 +34,7 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Speculative decoding that makes model.generate faster and changes nothing else."""
 
 
-for command in (generate, bench, show, compare, replay, demo):
+for command in (generate, serve, bench, show, compare, replay, demo):
     app.command()(command)
 app.add_typer(index, name="index")
 

@@ -187,6 +187,9 @@ class Drafter(Protocol):
     It is never told of a rejection: at each call it catches up from ``context.tokens`` and ``context.verdict``.
     A call with an empty budget asks only for that; a call may also skip steps (when nothing was drafted).
 
+    One that reads the target itself has ``bind(target, contexts)`` too, called before a generation's first draft, which
+    says why it cannot, or ""; see ``TriForceDrafter``.
+
     Attributes:
         name: what ``stats`` calls it.
         topk: how many of the target's candidates per node it wants in each verdict, 0 for none.

@@ -78,6 +78,7 @@ class Share:
     """One row's share of a batch's pass: to its verifier, it is the model."""
 
     passed: Pass
+    graphs = None  # its pass is everybody's
 
     def forward(self, batch: list[DraftTree], hidden: bool = False) -> Pass:
         """The pass that has been made."""

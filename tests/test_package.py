@@ -24,7 +24,7 @@ PUBLIC = {
     },
     "specdec.drafters": {
         "EarlyExitDrafter", "GrammarDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput",
-        "RecyclingDrafter", "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter",
+        "RecyclingDrafter", "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter", "TriForceDrafter",
     },
     "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier"},
     "specdec.policies": {"FixedPolicy", "ThresholdPolicy", "ThroughputPolicy"},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from specdec import storage, trees
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.drafters import suffix_file
-from specdec.drafters.suffix import SuffixDrafter, prior
+from specdec.drafters.suffix import KEPT, SuffixDrafter, prior
 from specdec.drafters.suffix_draft_numba import KINDS
 from specdec.drafters.suffix_tree import SuffixTree
 
@@ -173,6 +173,50 @@ def test_responses_written_at_once_are_remembered_each_in_order():
         assert " ".join(map(str, text)) in " ".join(map(str, tokens))
     drafter.learn([5, 6, 7])  # nothing is left half open
     assert drafter._memories[""].content()[0].tolist()[-4:] == [5, 6, 7, -1]
+
+
+def turn(drafter, text, prompt, namespace=""):
+    """What is drafted, step by step, while ``text`` is decoded from its ``prompt`` first tokens on."""
+    context, drafts = Context(text[:prompt], namespace), []
+    while len(context.tokens) < len(text):
+        [tree] = drafter.draft([context], [BUDGET])
+        drafts.append((tree.tokens.tolist(), tree.parents.tolist()))
+        extend(context, text[len(context.tokens) :][:3])
+    context.finished = True
+    drafter.draft([context], [NOTHING])
+    return drafts
+
+
+def test_a_conversation_goes_on_in_the_tree_of_its_last_turn():
+    rng, turns = np.random.default_rng(0), range(40, 400, 40)
+    text = rng.integers(0, 6, 400)
+    one, anew = SuffixDrafter(), SuffixDrafter()
+    for stop in turns:
+        drafts = turn(one, text[:stop], stop - 20)
+        anew._memory("")._kept.clear()
+        assert drafts == turn(anew, text[:stop], stop - 20)
+    [kept] = one._memory("")._kept
+    assert kept.tree.tokens.tolist() == text[: turns[-1]].tolist()
+    turn(one, [*text[:100], 9], 50)  # another branch, of which nothing kept is the beginning
+    turn(one, text, 370, namespace="b")
+    assert [len(each.tree.tokens) for each in one._memory("")._kept] == [turns[-1], 101]
+    assert one._memory("").resume(text[:5]) is None
+    assert one._memory("").resume(text) is kept
+    assert one._memory("").resume(text) is None  # it is taken
+
+
+def test_the_trees_kept_for_conversations_are_bounded():
+    drafter, rng = SuffixDrafter(max_bytes=1 << 20), np.random.default_rng(0)
+    for _ in range(20):
+        turn(drafter, rng.integers(0, 1000, 500), 100)
+        kept = drafter._memory("")._kept
+        assert 1 <= len(kept) <= KEPT
+        assert sum(text.bytes_used for text in kept) <= 1 << 17
+    held = drafter.bytes_used
+    turn(drafter, rng.integers(0, 1000, 5000), 100)  # larger than may be kept
+    assert not kept
+    drafter.reset()
+    assert held > drafter.bytes_used == 0
 
 
 def test_a_text_given_up_does_not_block_the_next():

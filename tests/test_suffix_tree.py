@@ -172,6 +172,23 @@ def test_counts_and_drafts_are_those_of_a_dictionary_of_ngrams(steps, depth, con
         assert_drafts(tree, counts, text[: rng.integers(1, len(text) + 1)], rule)
 
 
+@given(steps=st.lists(st.one_of(PIECES, st.just("end")), max_size=16), depth=st.sampled_from([2, 3, 8]))
+@settings(max_examples=100, deadline=None)
+def test_of_equal_counts_the_last_to_recur_comes_first_and_of_single_ones_the_first(steps, depth):
+    tree = SuffixTree(depth)
+    sequences = play(tree, steps)
+    seen = {}  # by n-gram, the place of its last token's last occurrence
+    for place, (sequence, stop) in enumerate((s, stop) for s in sequences for stop in range(1, len(s) + 1)):
+        for start in range(max(0, stop - depth), stop):
+            seen[tuple(sequence[start:stop])] = place
+    counts = ngrams(sequences, depth)
+    for gram in {gram[:-1] for gram in seen}:
+        known = [(token, n) for token in range(4) if (n := counts[(*gram, token)])]
+        places = {token: seen[(*gram, token)] * (1 if n > 1 else -1) for token, n in known}
+        expected = sorted(known, key=lambda each: (each[1], places[each[0]]), reverse=True)
+        assert tree.followers(np.array(gram, np.int64)) == expected
+
+
 @given(seed=st.integers(0, 10**6), repeats=st.booleans(), ends=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_a_full_tree_forgets_the_oldest_tokens_exactly(seed, repeats, ends):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 from weakref import WeakSet, ref
@@ -19,16 +19,19 @@ from specdec.drafters import suffix_draft_numba, suffix_file
 from specdec.drafters.suffix_tree import Draft, SuffixTree
 
 _NOTHING = Budget(nodes=0, depth=0, width=0)
+KEPT = 4  # finished texts of a namespace that a conversation may go on with, an eighth of its memory at most
 
 
 class SuffixDrafter:
     """Continues the last tokens as earlier occurrences of them were continued, in proportion to how often.
 
-    Two suffix trees with counts are asked: one of the context's own prompt and output, which dies with it, and one of
-    past responses of the same namespace, this one among them as it grows. Every length of match is tried. The longer
+    Two suffix trees with counts are asked: one of the context's own prompt and output, and one of past responses of the
+    same namespace, this one among them as it grows. A context's own tree dies with it, unless the next prompt goes on
+    where one of the last finished contexts ended: it takes over that tree. Every length of match is tried. The longer
     the match, the more is drafted: at most ``factor * match + offset`` tokens, no path less likely than
     ``min_probability`` by the counts. The draft with the largest sum of probabilities wins, of equals the longer match,
-    and the context's own. If it falls short of ``threshold`` and there is a ``fallback``, that one drafts instead.
+    and the context's own; of equally frequent tokens, the last to recur. If it falls short of ``threshold`` and there
+    is a ``fallback``, that one drafts instead.
 
     The trees' own estimates decide what is drafted. The probabilities handed on are corrected by how often guesses of
     their kind came true, which is learnt on line.
@@ -157,30 +160,27 @@ class SuffixDrafter:
 
     def _draft(self, context: Context, budget: Budget) -> tuple[DraftTree, float]:
         """One tree and its score."""
-        tokens, text, memory = context.tokens, self._text(context), self._memory(context.namespace)
-        text.catch_up(tokens, memory.acceptance)
-        memory.follow(text, tokens[context.prompt_length :], context.finished)
+        memory = self._memory(context.namespace)
+        text = context.scratch.get(self) or self._text(context, memory)
+        allowed = not context.finished and min(budget.nodes, budget.depth, budget.width) > 0
+        width = 1 if self.mode == "path" else budget.width
+        limits = budget.nodes if allowed else 0, budget.depth, width, self.factor, self.offset, self.min_probability
+        guess = memory.draft(text, context, limits)
         if context.finished:
             del context.scratch[self]
-        if context.finished or min(budget.nodes, budget.depth, budget.width) <= 0:
-            return DraftTree.root(int(tokens[-1])), 0.0
-        width = 1 if self.mode == "path" else budget.width
-        limits = budget.nodes, budget.depth, width, self.factor, self.offset, self.min_probability
-        guess = text.guess = memory.draft(text, tokens, limits)
-        return self._within(budget.least, guess, memory.acceptance), guess.score
+        tokens, parents, probability, n = guess.tokens, guess.parents, guess.probability, len(guess.tokens)
+        tree = DraftTree(tokens, parents, probability, (self.name,) * n)
+        if budget.least > 0 and probability.min() < budget.least:
+            tree = tree.take(trees.prune(parents, probability, n, n, n, budget.least))
+        return tree, guess.score
 
-    def _within(self, least: float, guess: Draft, acceptance: Acceptance) -> DraftTree:
-        n = len(guess.tokens)
-        probability = acceptance.paths(guess.parents, guess.kinds)
-        tree = DraftTree(guess.tokens, guess.parents, probability, (self.name,) * n)
-        return tree.take(trees.prune(guess.parents, probability, n, n, n, least)) if probability.min() < least else tree
-
-    def _text(self, context: Context) -> Text:
-        text: Text | None = context.scratch.get(self)
-        if text is None:
-            text = context.scratch[self] = Text(self.max_depth)
-            with self._lock:
-                self._texts.add(text)
+    def _text(self, context: Context, memory: Memory) -> Text:
+        """A new context's own tree, an earlier one's if that was its beginning; the prompt is entered unlocked."""
+        tokens = context.tokens
+        text = context.scratch[self] = memory.resume(tokens) or Text(self.max_depth)
+        text.tree.extend(tokens[text.tree.growing :])
+        with self._lock:
+            self._texts.add(text)
         return text
 
     def _memory(self, namespace: str) -> Memory:
@@ -193,7 +193,7 @@ class SuffixDrafter:
             return memory
 
     def _empty(self) -> Memory:
-        return Memory(SuffixTree(self.max_depth, self.max_bytes), self.max_sequences)
+        return Memory(self.max_depth, self.max_bytes, self.max_sequences)
 
     def _forget_oldest(self) -> None:
         while len(self._memories) > self._most_namespaces:
@@ -207,15 +207,11 @@ class Text:
         self.tree = SuffixTree(max_depth)
         self.guess: Draft | None = None
         self.remembered = 0
-        self._length = 0
 
-    def catch_up(self, tokens: Int[np.ndarray, " length"], acceptance: Acceptance) -> None:
-        """Enter what was committed since, and count what became of the last guess, once."""
-        new, self._length = tokens[self._length :], len(tokens)
-        if self.guess is not None:
-            acceptance.learn(self.guess.tokens, self.guess.parents, self.guess.kinds, new)
-            self.guess = None
-        self.tree.extend(new)
+    def begins(self, tokens: Int[np.ndarray, " length"]) -> bool:
+        """Whether these tokens begin with the text."""
+        n, own = self.tree.growing, self.tree.arrays.tokens
+        return n <= len(tokens) and bool(tokens[n - 1] == own[n - 1]) and np.array_equal(tokens[:n], own[:n])
 
     @property
     def bytes_used(self) -> int:
@@ -226,27 +222,44 @@ class Memory:
     """A namespace's past responses, and how often guesses came true there. Its lock is held while the tree is used.
 
     One text at a time is entered as it is written, the others when they are finished, for a tree grows at one end.
+    The trees of the last finished texts are kept, for the next prompt of a conversation begins with all of the last.
     """
 
-    def __init__(self, tree: SuffixTree, max_sequences: int | None):
+    def __init__(self, max_depth: int, max_bytes: int, max_sequences: int | None):
         self.acceptance = Acceptance(prior(), weight=4.0)
-        self._tree, self._max_sequences = tree, max_sequences
+        self._most_kept = max_bytes // 8
+        self._tree = SuffixTree(max_depth, max(max_bytes - self._most_kept, 1024 * max_depth))
+        self._max_sequences = max_sequences
+        self._kept: deque[Text] = deque(maxlen=KEPT)
         self._writer: Callable[[], Text | None] = lambda: None
         self._lock = threading.Lock()
 
-    def follow(self, text: Text, response: Int[np.ndarray, " length"], finished: bool) -> None:
-        """Enter what is new in a response, if it is finished or no other is being entered."""
+    def draft(self, text: Text, context: Context, limits: tuple[int, int, int, float, float, float]) -> Draft:
+        """The better of the drafts of a text's own tree and of this memory, after what is new was entered in both.
+
+        What became of the last guess is counted, once.
+        """
+        tokens = context.tokens
         with self._lock:
-            writer = self._writer()
-            if writer is not text:
-                if writer is not None and not finished:
-                    return
-                self._tree.end()
-                self._writer = ref(text)
-            self._tree.extend(response[text.remembered :])
-            text.remembered = len(response)
-            if finished:
+            guess = text.guess
+            if guess is not None and len(guess.tokens) > 1:
+                self.acceptance.learn(guess.tokens, guess.parents, guess.kinds, tokens[text.tree.growing :])
+            writes = self._writer() is text or self._claim(text, context.finished)
+            said = len(tokens) - context.prompt_length - text.remembered if writes else 0
+            text.guess = guess = self._tree.advance(text.tree, self.acceptance, tokens, said, writes, limits)
+            text.remembered += said
+            if context.finished:
                 self._end()
+                self._keep(text)
+        return guess
+
+    def resume(self, tokens: Int[np.ndarray, " length"]) -> Text | None:
+        """A finished text that these tokens begin with, if one is kept; from now on it is the caller's."""
+        with self._lock:
+            found = next((text for text in reversed(self._kept) if text.begins(tokens)), None)
+            if found is not None:
+                self._kept.remove(found)
+        return found
 
     def learn(self, response: Int[np.ndarray, " length"]) -> None:
         """Enter a whole response."""
@@ -255,19 +268,25 @@ class Memory:
             self._tree.extend(response)
             self._end()
 
+    def _claim(self, text: Text, finished: bool) -> bool:
+        """Make a response the one that is entered, if it is finished or no other is being entered."""
+        if self._writer() is not None and not finished:
+            return False
+        self._tree.end()
+        self._writer = ref(text)
+        return True
+
     def _end(self) -> None:
         self._tree.end()
         self._writer = lambda: None
         while self._max_sequences is not None and self._tree.sequences > self._max_sequences:
             self._tree.forget()
 
-    def draft(
-        self, text: Text, tokens: Int[np.ndarray, " length"], limits: tuple[int, int, int, float, float, float]
-    ) -> Draft:
-        """The better of the drafts of a text's own tree and of this memory."""
-        with self._lock:
-            newest = self._tree.growing if self._writer() is text else 0
-            return self._tree.draft(tokens, *limits, own=text.tree, newest=newest)
+    def _keep(self, text: Text) -> None:
+        text.guess, text.remembered = None, 0
+        self._kept.append(text)
+        while sum(each.bytes_used for each in self._kept) > self._most_kept:
+            self._kept.popleft()
 
     def content(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of the responses, -1 behind each, and of the counts of accepted and offered guesses by kind."""

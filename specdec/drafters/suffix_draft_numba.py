@@ -9,6 +9,7 @@ from specdec.calibration import magnitude
 from specdec.drafters.suffix_tree_numba import (
     COUNT,
     END,
+    GROWING,
     HEAD,
     LENGTH,
     MATCHED,
@@ -18,6 +19,7 @@ from specdec.drafters.suffix_tree_numba import (
     TOKEN,
     Arrays,
     Index,
+    extend,
     find,
 )
 
@@ -25,11 +27,51 @@ TIE = 1e-9  # scores that differ by less are equal: the order of summation must 
 SHAPE = 2, 8, 4, 4  # see ``_kind``
 KINDS = 256
 
+Plain = tuple[np.ndarray, ...]  # the fields of ``Arrays``: numba takes half the time to look at a plain tuple
 Limits = tuple[int, int, int, float, float, float]  # nodes, depth, width, factor, offset, least
 Buffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # places and paths of a draft, and of offers to it
 
 # What a node of a draft refers to: the tree's node, the place in its label, the draft's parent, and its depth.
 NODE, INSIDE, PARENT, LEVEL = range(4)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def advance(
+    own: Plain,
+    memory: Plain,
+    accepted: np.ndarray,
+    offered: np.ndarray,
+    tail: np.ndarray,
+    new: int,
+    said: int,
+    newest: bool,
+    nodes: int,
+    depth: int,
+    width: int,
+    factor: float,
+    offset: float,
+    least: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, int, int, int]:
+    """Enter a text's last ``new`` tokens in its ``own`` tree, the last ``said`` in the ``memory``, and ``draft``.
+
+    The probabilities are those that guesses of their kind have come true with, ``accepted / offered``.
+
+    Returns also how many of each there was no room for. Then nothing is drafted.
+    """
+    local = Arrays(own[0], own[1], own[2], own[3], own[4], own[5])
+    shared = Arrays(memory[0], memory[1], memory[2], memory[3], memory[4], memory[5])
+    new -= extend(local, tail[len(tail) - new :])
+    said -= extend(shared, tail[len(tail) - said :])
+    if new > 0 or said > 0:
+        nodes = 0
+    context = tail[max(0, len(tail) - len(local.active) + 1) :]
+    length = shared.state[GROWING] if newest else 0
+    tokens, parents, paths, kinds, score, match = draft(
+        local, shared, context, length, nodes, depth, width, factor, offset, least
+    )
+    for i in range(1, len(tokens)):
+        paths[i] = paths[parents[i]] * accepted[kinds[i]] / offered[kinds[i]]
+    return tokens, parents, paths, kinds, score, match, new, said
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

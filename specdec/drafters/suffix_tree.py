@@ -7,11 +7,13 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Float32, Int
 
+from specdec.calibration import Acceptance
 from specdec.drafters import suffix_draft_numba, suffix_tree_numba
 from specdec.drafters.suffix_tree_numba import (
     COLUMNS,
     COUNT,
     END,
+    GROWING,
     HEAD,
     LENGTH,
     LIVE,
@@ -34,10 +36,10 @@ STEP = 4096  # tokens forgotten at once at most, so that no call waits long
 
 
 class Draft(NamedTuple):
-    """A drafted tree before anything is calibrated; arrays by node, the root first.
+    """A drafted tree; arrays by node, the root first.
 
     Attributes:
-        probability: how often each path was seen, of the times its match was.
+        probability: how often each path was seen, of the times its match was; or what that is corrected to.
         kinds: what tells how sure a guess is, as ``suffix_draft_numba`` numbers it.
         score: the sum of the guesses' probabilities.
         match: how many of the context's last tokens were looked up for it.
@@ -64,7 +66,6 @@ class SuffixTree:
 
     Attributes:
         sequences: how many ended sequences are in the tree, a partly forgotten one among them.
-        growing: how many tokens the newest sequence has been given, 0 once it has ended.
 
     Raises:
         ValueError: max_depth below 2, or less than 1024 bytes per level.
@@ -75,7 +76,7 @@ class SuffixTree:
             raise ValueError(f"max_depth must be at least 2, a token of match and one of guess, got {max_depth}")
         if max_bytes is not None and max_bytes < 1024 * max_depth:
             raise ValueError(f"max_bytes must be at least 1024 * max_depth = {1024 * max_depth}, got {max_bytes}")
-        self.max_depth, self.sequences, self.growing = max_depth, 0, 0
+        self.max_depth, self.sequences = max_depth, 0
         # Text that repeats itself has more tokens than nodes, hence an eighth for the tokens.
         self._most_tokens = LARGEST if max_bytes is None else max_bytes // 8 // 4
         self._most_nodes = LARGEST if max_bytes is None else (max_bytes - max_bytes // 8) // NODE_BYTES
@@ -86,13 +87,12 @@ class SuffixTree:
             table=np.zeros(2 * nodes, np.int32),
             tokens=np.full(min(4 * max_depth, self._most_tokens), END, np.int32),
             active=np.zeros(max_depth + 1, np.int32),
-            state=np.zeros(8, np.int64),
+            state=np.zeros(9, np.int64),
         )
         self.arrays.state[[LIVE, NODES, RUNS]] = 1  # the root, and no run 0
 
     def extend(self, tokens: Int[np.ndarray, " new"]) -> None:
         """Append tokens, from 0 to 2**31 - 1, to the newest sequence."""
-        self.growing += len(tokens)
         tokens = tokens.astype(np.int32)  # one type for the kernels
         done = suffix_tree_numba.extend(self.arrays, tokens)
         while done < len(tokens):
@@ -103,8 +103,8 @@ class SuffixTree:
         """End the newest sequence, if it has tokens; the next token begins another."""
         if self.growing:
             self.arrays.state[SIZE] += 1  # what stands there is END
-            self.arrays.state[MATCHED] = 0
-            self.sequences, self.growing = self.sequences + 1, 0
+            self.arrays.state[[GROWING, MATCHED]] = 0
+            self.sequences += 1
 
     def forget(self) -> None:
         """Forget the oldest of the ended sequences, if there is one."""
@@ -141,13 +141,44 @@ class SuffixTree:
         limits = nodes, depth, width, float(factor), float(offset), float(min_probability)
         return Draft(*suffix_draft_numba.draft(own.arrays, self.arrays, last, newest, *limits))
 
+    def advance(
+        self,
+        own: SuffixTree,
+        acceptance: Acceptance,
+        tokens: Int[np.ndarray, " length"],
+        said: int,
+        newest: bool,
+        limits: tuple[int, int, int, float, float, float],
+    ) -> Draft:
+        """What is new of a text entered in its ``own`` tree, and a draft of both trees, in one call of a kernel.
+
+        Args:
+            acceptance: how often guesses of each kind come true, which the draft's probabilities then are.
+            tokens: the text; as many of them as the own tree has are not new.
+            said: how many of the last tokens to enter here.
+            newest: whether the newest sequence here is then the text's end; else ``said`` is 0.
+            limits: nodes, depth, width, factor, offset and min_probability, as for ``draft``.
+        """
+        new = len(tokens) - own.growing
+        tail = tokens[-max(new, said, self.max_depth) :].astype(np.int32)
+        trees, counts = (tuple(own.arrays), tuple(self.arrays)), (acceptance.accepted, acceptance.offered)
+        *drafted, new, said = suffix_draft_numba.advance(*trees, *counts, tail, new, said, newest, *limits)
+        if new == said == 0:
+            return Draft(*drafted)
+        own.extend(tail[len(tail) - new :])  # there was no room
+        self.extend(tail[len(tail) - said :])
+        return self.advance(own, acceptance, tokens, 0, newest, limits)
+
     def count(self, pattern: Int[np.ndarray, " n"]) -> int:
         """How often a pattern of 1 to ``max_depth`` tokens occurs."""
         node, _ = self._find(pattern)
         return int(self.arrays.nodes[node, COUNT]) if node != NONE else 0
 
     def followers(self, pattern: Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
-        """What followed a pattern and how often; most often first, of equal counts the first to reach it."""
+        """What followed a pattern, and how often; most often first.
+
+        Of equal counts the last to recur comes first, of those seen once the first.
+        """
         nodes, tokens = self.arrays.nodes, self.arrays.tokens
         node, inside = self._find(pattern)
         if node == NONE and len(pattern):
@@ -160,6 +191,11 @@ class SuffixTree:
                 found.append((int(nodes[child, TOKEN]), int(nodes[child, COUNT])))
                 child = nodes[child, NEXT]
         return [each for each in found if each[0] != END]
+
+    @property
+    def growing(self) -> int:
+        """How many tokens the newest sequence has been given, 0 once it has ended."""
+        return int(self.arrays.state[GROWING])
 
     @property
     def tokens(self) -> Int[np.ndarray, " length"]:

@@ -22,13 +22,14 @@ Index = Any  # int64; what an array holds is no int to a type checker
 END = -1  # stands behind every sequence in the token store
 ROOT = NONE = 0  # the root is nobody's child or sibling
 
-# A node's columns. Siblings are linked in order of count; those of equal count are a run, the first to reach it first.
+# A node's columns. Siblings are linked in order of count; those of equal count are a run, the last to recur first.
 COUNT, PARENT, TOKEN, START, LENGTH, HEAD, TAIL, PREVIOUS, NEXT, RUN = range(10)
 COLUMNS = 10
 # A run's columns. A free run's first is the next free one; so is a free node's next.
 FIRST, LAST = 0, 1
-# Entries of the state: nodes in use and ever used, free lists, the store's first and last token, the longest match.
-LIVE, NODES, FREE_NODE, RUNS, FREE_RUN, OLDEST, SIZE, MATCHED = range(8)
+# Entries of the state: nodes in use and ever used, free lists, the store's first and last token, how many tokens the
+# newest sequence has, and its longest match.
+LIVE, NODES, FREE_NODE, RUNS, FREE_RUN, OLDEST, SIZE, GROWING, MATCHED = range(9)
 
 
 class Arrays(NamedTuple):
@@ -41,7 +42,7 @@ class Arrays(NamedTuple):
             nor in a run.
         tokens: int32, the token store; ``tokens[state[OLDEST] : state[SIZE]]`` is in the tree, and END follows.
         active: int32 [max_depth + 1], the node where the last n tokens end, for n up to ``state[MATCHED]``.
-        state: int64 [8].
+        state: int64 [9].
     """
 
     nodes: np.ndarray
@@ -63,6 +64,7 @@ def extend(tree: Arrays, new: np.ndarray) -> int:
             return i
         tree.tokens[at], tree.tokens[at + 1] = token, END
         state[SIZE] = at + 1
+        state[GROWING] += 1
         longest = 0
         for depth in range(min(state[MATCHED], max_depth - 1), -1, -1):
             active[depth + 1] = _advance(tree, active[depth], depth, at)
@@ -236,16 +238,25 @@ def _remove_leaf(tree: Arrays, leaf: int) -> None:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _recount(tree: Arrays, node: int, change: int) -> None:
-    """Add 1 to a count or -1, and move the node past the siblings it was equal to."""
+    """Add 1 to a count or -1, and move the node past the siblings it was equal to.
+
+    One that was counted up is the last of its new run to recur. One that was counted down may be out of order there.
+    """
     nodes, runs = tree.nodes, tree.runs
     nodes[node, COUNT] += change
     if nodes[node, PREVIOUS] == NONE and nodes[node, NEXT] == NONE:
         return
     first, last = runs[nodes[node, RUN], FIRST], runs[nodes[node, RUN], LAST]
     neighbour = nodes[first, PREVIOUS] if change > 0 else nodes[last, NEXT]
-    if first == last and (neighbour == NONE or nodes[neighbour, COUNT] != nodes[node, COUNT]):
+    joins = neighbour != NONE and nodes[neighbour, COUNT] == nodes[node, COUNT]
+    if first == last and not joins:
         return
-    before = neighbour if change < 0 else first if first != node else nodes[node, NEXT]
+    if change < 0:
+        before = neighbour
+    elif joins:
+        before = runs[nodes[neighbour, RUN], FIRST]
+    else:
+        before = first if first != node else nodes[node, NEXT]
     _take_out(tree, node)
     _place(tree, node, before)
 

@@ -1,0 +1,98 @@
+"""KV rows of a text's first tokens and its newest ones: constant memory, however long the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from specdec.cache import GROWTH, SlotCache, SlotLayer
+
+
+class StreamingLayer(SlotLayer):
+    """One layer's rows: ``sinks`` first tokens, then the newest ones, in slots next to one another.
+
+    ``offset`` counts what has been dropped, so the newest token of a text of n is in slot ``n - offset - 1`` as in any
+    ``SlotLayer``; the sinks are in the first slots. Only what was there before the newest pass is ever dropped.
+
+    Args:
+        sinks, recent, slack: see ``StreamingCache``.
+    """
+
+    def __init__(self, sinks: int, recent: int, slack: int) -> None:
+        super().__init__()
+        self.sinks, self.recent, self.slack = sinks, recent, slack
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a pass's keys and values behind each row's length; where nobody calls ``keep``, room is made first."""
+        if self.is_initialized:
+            self._slide()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As ``SlotLayer``'s, with room made, since masks are made before the first layer's ``update``."""
+        if self.is_initialized:
+            self._slide()
+        return super().get_mask_sizes(query_length)
+
+    def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: torch.Tensor | None) -> None:
+        """As ``SlotLayer``'s. Raises ValueError where ``base`` goes back to tokens that have been dropped."""
+        if self.offset and min(base) < self.offset + self.sinks:
+            raise ValueError(f"cannot go back to token {min(base)}: those before {self.offset + self.sinks} are gone")
+        super().keep(base, paths, moves)
+
+    def join(self, other: SlotLayer) -> None:
+        """Refused: which slots were dropped is the same for all rows."""
+        raise ValueError("a row cannot join a streaming cache: its sinks would be other tokens")
+
+    def _slide(self) -> None:
+        """Drop the oldest tokens but the sinks once ``slack`` too many are held."""
+        dropped = min(self.lengths) - self.offset - self.sinks - self.recent
+        if dropped <= self.slack:
+            return
+        end, room = max(self.lengths) - self.offset, self.sinks + self.recent + self.slack + GROWTH
+        self._keys, self._values = (self._without(slots, dropped, end, room) for slots in (self._keys, self._values))
+        self.offset += dropped
+        self._show()
+
+    def _without(self, slots: torch.Tensor, dropped: int, end: int, room: int) -> torch.Tensor:
+        """The slots up to ``end`` without those dropped; in smaller buffers after a long pass."""
+        newest = slots[:, :, self.sinks + dropped : end].clone()
+        if slots.shape[2] > 2 * room and end - dropped <= room:
+            fewer = self._slots(slots, len(slots), room)
+            fewer[:, :, : self.sinks] = slots[:, :, : self.sinks]
+            slots = fewer
+        slots[:, :, self.sinks : end - dropped] = newest
+        return slots
+
+
+class StreamingCache(SlotCache):
+    """Attention sinks and a recent window: a cache for any model of full-attention layers, without left padding.
+
+    It serves plain ``generate`` (``past_key_values=StreamingCache()``) and a ``Model`` alike. What it holds after
+    ``keep`` depends on what was kept alone: a rejected draft leaves no trace, and costs no token of the window. Feed
+    long prompts in pieces, since a pass takes room for all of its own tokens.
+
+    Xiao et al. 2023, arXiv 2309.17453. There, and in TriForce's smallest drafter, keys are kept unrotated and
+    positions are counted within the cache, so that no position exceeds what the model was trained on. Here keys stay as
+    they were computed, rotated to their own place in the text: that is exactly full attention with the dropped
+    tokens masked, right for a text within the model's positions.
+
+    Args:
+        sinks: first tokens that are never dropped.
+        recent: newest tokens held at least.
+        slack: how many more may be held before the oldest are dropped, all at once; as many as a draft has nodes, at
+            least, if levels of a tree are fed one by one.
+
+    Raises:
+        ValueError: no recent token, or negative numbers.
+    """
+
+    def __init__(self, sinks: int = 4, recent: int = 508, slack: int = 64) -> None:
+        if sinks < 0 or recent < 1 or slack < 0:
+            raise ValueError(f"sinks={sinks}, recent={recent}, slack={slack}: give at least 0, 1 and 0")
+        super().__init__(layer_class_to_replicate=partial(StreamingLayer, sinks, recent, slack))

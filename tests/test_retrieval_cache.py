@@ -1,0 +1,171 @@
+"""What is retrieved, for whom, and that a pass over it is attention over those tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specdec import attention as our_attention
+from specdec.cache import SlotCache, SlotLayer
+from specdec.core import DraftTree
+from specdec.drafters import middle
+from specdec.drafters.middle import Middle, narrowed
+from specdec.retrieval_cache import RetrievalCache, queries, select
+from tests import tiny
+from tests.long_context import started
+from tests.tiny import padded, prompt
+
+HEADS = {"grouped": 2, "one to one": 4}
+
+
+def of_means(*means: tuple[float, ...], chunk: int = 2) -> torch.Tensor:
+    """Keys of one head whose chunks have these means."""
+    spread = torch.tensor([1.0, -1.0]).repeat_interleave(chunk // 2)[:, None]
+    return torch.cat([torch.tensor([mean]) + spread for mean in means])[None]
+
+
+class TestSelect:
+    def test_the_first_and_the_best(self) -> None:
+        keys = of_means((1, 0), (0, 2), (1, 0), (-1, 0), (0, 2), (2, 2))
+        chosen = select(torch.tensor([[1.0, 0.5]]), keys, 2, 3)[0].tolist()
+        assert chosen[:2] == [0, 5]
+        assert chosen[2] in (1, 2, 4)
+        assert 3 not in select(torch.tensor([[1.0, 0.5]]), keys, 2, 5)[0]
+
+    def test_all_where_there_is_room(self) -> None:
+        keys = of_means((1, 0), (0, 2), (1, 0))
+        assert sorted(select(torch.ones(1, 2), keys, 2, 9)[0].tolist()) == [0, 1, 2]
+        assert select(torch.ones(1, 2), keys[:, :1], 2, 9).shape == (1, 0)
+
+    def test_a_head_of_its_own_for_each_head_of_keys(self) -> None:
+        keys = of_means((0, 0), (9, 0), (0, 9)).expand(2, -1, -1)
+        assert select(torch.tensor([[1.0, 0], [0, 1.0]]), keys, 2, 2)[:, 1].tolist() == [1, 2]
+
+    def test_grouped_heads_have_an_equal_say(self) -> None:
+        """One that wants the first chunk above all does not outvote three that want the last."""
+        keys = of_means((0, 0), (9, 0), (0, 9))
+        loud, soft = [1.0, 0], [0, 0.9]
+        assert select(torch.tensor([loud, soft, soft, soft]), keys, 2, 2)[0, 1] == 2
+        assert select(torch.tensor([loud, loud, loud, soft]), keys, 2, 2)[0, 1] == 1
+
+    def test_scores_far_apart_do_not_vanish(self) -> None:
+        keys = of_means((0, 0), (900, 0), (-300, 0), (-200, 0), (-900, 0))
+        assert select(torch.tensor([[1.0, 0.0]]), keys, 2, 4)[0].tolist() == [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize("arguments", [{"budget": 8}, {"chunk": 0}])
+def test_budgets_that_cannot_be(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="two chunks at least"):
+        RetrievalCache(SlotCache(layer_class_to_replicate=SlotLayer), **{"chunk": 8, **arguments})
+
+
+def test_windows_have_nothing_to_retrieve() -> None:
+    with pytest.raises(ValueError, match="sliding window"):
+        RetrievalCache(SlotCache(layers=[SlotLayer(9)]))
+
+
+def read(heads: int, budget: int, length: int = 200, **more: Any) -> tuple[Any, Middle]:
+    """A model that has read a prompt, and a retrieval cache beside its own, built."""
+    target = started(tiny.model(num_key_value_heads=heads, **more), prompt(length))
+    level = Middle(target, 0, budget, 8)
+    level.refresh(7, anew=True)
+    return target, level
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_with_room_for_all_it_is_the_full_cache(heads: int, attention: str) -> None:
+    target, level = read(heads, 400, attn_implementation=attention)
+    tree = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, "")
+    torch.testing.assert_close(level.model.forward([tree]).logits, target.forward([tree]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_holds_copies_of_the_chosen_rows_and_of_all_since(heads: int) -> None:
+    target, level = read(heads, 32, 203)
+    full, own, n = target.cache.slots[1], level.cache.slots[1], 4 * 8 + 3
+    assert own.keys.shape[2] == n
+    assert torch.equal(own.keys[0, :, :8], full.keys[0, :, :8])
+    assert torch.equal(own.keys[0, :, -3:], full.keys[0, :, 200:203])
+    level.write(DraftTree.chain(7, [8, 9], [1.0] * 2, ""), 3, torch.Generator(), 0)  # of which nothing stays
+    target.forward([DraftTree.chain(7, [11, 12], [1.0] * 2, "")])
+    target.keep([[0, 1]])
+    level.refresh(12, anew=False)
+    assert torch.equal(own.keys[0, :, n:], full.keys[0, :, 203:205])
+    assert torch.equal(own.values[0, :, n:], full.values[0, :, 203:205])
+    assert own.keys.shape[2] == n + 2
+    level.refresh(12, anew=True)
+    assert own.keys.shape[2] == 32 + 5
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_finds_a_planted_chunk(heads: int) -> None:
+    """Keys that answer the query of the text's last token, far back: retrieved in their head alone."""
+    target, level = read(heads, 24, 400)
+    whole = narrowed(target, 0, middle.only_row(target.cache, 0))
+    with queries(target.config) as noted:
+        whole.forward([DraftTree.root(7)])
+    first = noted[0][0, 0, 0]
+    keys = target.cache.slots[0]._keys
+    keys[0, 0, 160:168] = 9 * first / first.norm()
+    level.refresh(7, anew=True)
+    own = level.cache.slots[0].keys[0]
+    assert torch.equal(own[0, 8:16], keys[0, 0, 160:168])
+    assert not any(torch.equal(own[1, at : at + 8], keys[0, 1, 160:168]) for at in (8, 16))
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_a_pass_is_full_attention_with_the_other_tokens_masked(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head by head: a full pass whose attention is shown each head's own tokens alone."""
+    target, level = read(heads, 40)
+    chain = DraftTree.chain(7, [8, 9], [1.0] * 2, "")
+    ours = level.model.forward([chain]).logits
+    held = [layer.keys[0] for layer in level.cache.slots]
+    calls = iter(range(9))
+
+    def shown(query: Any, key: Any, value: Any, mask: Any, *more: Any) -> Any:
+        layer = next(calls)
+        seen = (key[0, :, :, None] == held[layer][:, None]).all(-1).any(-1)  # [kv_heads, slots]
+        seen[:, -3:] = False
+        own = seen.repeat_interleave(query.shape[1] // key.shape[1], 0)[None, :, None].expand(-1, -1, 3, -1).clone()
+        own[..., -3:] = torch.ones(3, 3, dtype=torch.bool).tril()
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=own)
+
+    monkeypatch.setattr(our_attention, "attend", shown)
+    with our_attention.switched(target.config):
+        full = narrowed(target, 0, target.cache).forward([chain]).logits
+    assert next(calls) == 2
+    torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_batch_are_read_without_their_padding_and_left_as_they_are() -> None:
+    model, batch = tiny.model(), padded(60, 33)
+    target, alone = started(model, **batch), started(model, batch["input_ids"][1:, 27:])
+    before = [layer.keys.clone() for layer in target.cache.slots]
+    both = [Middle(target, 1, 16, 4), Middle(alone, 0, 16, 4)]
+    tree = DraftTree.chain(7, [8, 9], [1.0] * 2, "")
+    for level in both:
+        level.refresh(7, anew=True)
+    ours, theirs = (level.model.forward([tree]).logits for level in both)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, target.cache.slots, strict=True))
+
+
+def test_memory_is_the_same_for_any_length() -> None:
+    sizes = {read(2, 64, length)[1].cache.bytes for length in (104, 200, 400)}
+    assert len(sizes) == 1
+
+
+def test_queries_are_noted_and_the_models_attention_given_back() -> None:
+    model = tiny.model()
+    with queries(model.config) as noted, torch.no_grad():
+        inside = model(prompt()).logits
+    assert sorted(noted) == [0, 1]
+    assert noted[0].shape == (1, 4, 9, 8)
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt()).logits, inside, atol=1e-4, rtol=1e-4)

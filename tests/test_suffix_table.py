@@ -1,0 +1,37 @@
+"""The page's table of suffix trees: each replay and each million in its place, or nothing was measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "figures.py"
+
+
+def suffix_table(directory):
+    spec = importlib.util.spec_from_file_location("figures", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.suffix_table(directory)
+
+
+def replay(trace, who, steps):
+    return {
+        "trace": trace,
+        "who": who,
+        "tokens": 90,
+        "tokens_per_step": steps,
+        "us_per_token": 9.87,
+        "bytes_per_token": 70.4,
+    }
+
+
+def test_each_figure_stands_in_its_row_and_column(tmp_path):
+    assert suffix_table(tmp_path) == "not measured yet"
+    replays = [replay(trace, who, i) for i, (trace, who) in enumerate((t, w) for t in "ab" for w in ("path", "tree"))]
+    (tmp_path / "one.json").write_text(json.dumps({"nodes": 32, "replays": replays}))
+    million = {"million": 1, "us_per_token": 1.26, "bytes_per_token_held": 95.4}
+    (tmp_path / "two.json").write_text(json.dumps({"append": {"none": [million]}}))
+    lines = suffix_table(tmp_path).splitlines()
+    assert "| trace | path | tree |" in lines
+    assert "| b (90 tokens) | 2.000 / 9.9 / 70 | 3.000 / 9.9 / 70 |" in lines
+    assert lines[-3:] == ["| million | 1 |", "|---|---|", "| none | 1.3 / 95 |"]
