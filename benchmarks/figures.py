@@ -24,6 +24,7 @@ def main() -> None:
         ROOT / "docs" / "performance.md": {
             "costs": costs(results),
             "speeds": figures(results, against=True),
+            "nothing to gain": adversarial(results),
             "suffix trees": suffix_table(results),
         },
     }.items():
@@ -185,6 +186,21 @@ def _product_table(products: Sequence[Report]) -> str:
     }
     rows = [[shape, *(cells[shape, n] for n in counts)] for shape in dict.fromkeys(shape for shape, _ in cells)]
     return _rows(["weight", *(f"{n} rows" for n in counts)], rows)
+
+
+def adversarial(directory: Path) -> str:
+    """What benchmarks/adversarial.py found, in Markdown."""
+    return "\n\n".join(map(_adversarial_section, _read(directory, "adversarial"))) or "not measured yet"
+
+
+def _adversarial_section(report: Report) -> str:
+    head = f"{_machine(report['machine'])}; {report['max_new_tokens']} tokens, those after the first timed:"
+    rows = [
+        [r["case"], str(r["rows"]), f"{r['speed']:.3f}x ({r['low']:.3f}-{r['high']:.3f})", str(r["drafted"])]
+        for r in report["adversarial"]
+    ]
+    names = ["text", "rows", "speed over plain decoding with our kernels", "guessed in the last run"]
+    return f"{head}\n\n{_rows(names, rows)}"
 
 
 def suffix_table(directory: Path) -> str:
