@@ -139,3 +139,16 @@ def test_a_made_up_text_leaves_the_model_as_it_was(model):
         assert cost.pass_time(hold, nodes, {model.lm_head: model.lm_head.forward}) > 0
         assert hold.cache.lengths == [40]
     assert "forward" not in vars(model.lm_head)
+
+
+def test_pages_show_what_the_results_say(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    figures.main()
+    for page in ("README.md", "docs/performance.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text().replace("x (", "y (", 1))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="its figures are not those of"):
+        figures.main()
