@@ -13,6 +13,7 @@ import torch
 from specdec import adapters
 from specdec.alone import run_alone
 from specdec.attach import Attachment
+from specdec.attached import attach_once
 from specdec.batch import Batch
 from specdec.cache import GROWTH
 from specdec.core import Budget, Context, Drafter, DraftTree, Policy, Unsupported, Verdict
@@ -73,6 +74,7 @@ class Engine:
         self.model, self.tokenizer, self.max_cache_bytes = model, tokenizer, max_cache_bytes
         preparation = Preparation(drafter, policy, on_unsupported="error")
         ordinary = Speculate(preparation.drafter, policy)
+        preparation.trial = ordinary.trial = attach_once
         wrapped = vars(model).get("generate")
         shadowed = getattr(wrapped, "shadowed", wrapped)
         self._prepare, self._alone = (Generate(model, each, shadowed) for each in (preparation, ordinary))
@@ -214,8 +216,7 @@ class Engine:
         start = time.perf_counter()
         with self.stats.clock("verify"):
             passed = self.batch.forward(batch, self.drafter.hidden)
-            if passed.logits.is_cuda:
-                torch.cuda.current_stream(passed.logits.device).synchronize()
+            passed.wait()
         seconds = time.perf_counter() - start
         shares = [_share(passed, place, len(tree)) for place, tree in enumerate(batch)]
         verdicts = [row.judge(tree, share, seconds) for row, tree, share in zip(self.rows, batch, shares, strict=True)]

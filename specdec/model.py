@@ -66,6 +66,11 @@ class Pass:
     logits: Float[torch.Tensor, "rows nodes vocab"]
     hidden: Float[torch.Tensor, "rows nodes width"] | None = None
 
+    def wait(self) -> None:
+        """Wait for the device: else who takes the time would know only when the pass was asked for."""
+        if self.logits.is_cuda:
+            torch.cuda.current_stream(self.logits.device).synchronize()
+
 
 class Model:
     """One generation's hold on a causal LM. The same class serves as target and as small drafter.

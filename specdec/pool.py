@@ -164,8 +164,11 @@ class SessionPool:
         **arguments: Any,
     ) -> Any:
         """``submit``, and wait for the result. Raises what the generation raises, TimeoutError among it."""
-        self._not_inside()
-        request = self.submit(prompt, timeout=timeout, namespace=namespace, seed=seed, **arguments)
+        self.must_not_wait_inside()
+        return self.result(self.submit(prompt, timeout=timeout, namespace=namespace, seed=seed, **arguments))
+
+    def result(self, request: Request) -> Any:
+        """Wait for what ``submit`` has returned; who does not wait to the end cancels it."""
         try:
             return request.result()
         finally:
@@ -189,7 +192,7 @@ class SessionPool:
 
         Closing the iterator, or leaving its loop, cancels the request.
         """
-        self._not_inside()
+        self.must_not_wait_inside()
         pieces = SimpleQueue[Any]()
         request = self._fed(prompt, pieces.put, arguments)
 
@@ -232,7 +235,7 @@ class SessionPool:
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until there are no requests. Raises TimeoutError after ``timeout`` seconds."""
-        self._not_inside()
+        self.must_not_wait_inside()
         with self._changed:
             if not self._changed.wait_for(lambda: self._worker is None, timeout):
                 raise TimeoutError(f"{len(self._open)} requests are still to be answered after {timeout} seconds")
@@ -252,7 +255,8 @@ class SessionPool:
     def __exit__(self, kind: Any, *error: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _not_inside(self) -> None:
+    def must_not_wait_inside(self) -> None:
+        """Raise RuntimeError where waiting for the pool would be waiting for oneself."""
         if threading.current_thread() is self._worker:
             raise RuntimeError(
                 "this would wait for itself: it is called by a streamer, processor or callback of the pool"

@@ -34,11 +34,11 @@ class PooledSession:
     def generate(self, prompt: Any, **arguments: Any) -> Any:
         """One turn; see ``SessionPool.generate``."""
         self._open()
+        self.pool.must_not_wait_inside()
         request = self.pool.submit(prompt, namespace=self.namespace, **arguments)
         try:
-            return request.result()
+            return self.pool.result(request)
         finally:
-            request.cancel()  # after an interrupt, say
             self.turns.append(request.stats)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **arguments: Any) -> str:

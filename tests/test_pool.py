@@ -455,9 +455,10 @@ class TestFaults:
             assert asked[0].done()
             assert poisoned
 
-    def test_waiting_for_oneself_is_an_error(self, model: Any) -> None:
+    @pytest.mark.parametrize("asks", [lambda many: many, lambda many: many.session()], ids=["pool", "session"])
+    def test_waiting_for_oneself_is_an_error(self, model: Any, asks: Callable[[Any], Any]) -> None:
         with pool(model) as many:
-            gate = Gate(lambda tokens: many.generate(prompt()))
+            gate = Gate(lambda tokens: asks(many).generate(prompt()))
             with pytest.raises(RuntimeError, match="wait for itself"):
                 many.generate(prompt(), streamer=gate)
 

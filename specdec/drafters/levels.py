@@ -6,7 +6,7 @@ sent the logits after the newest of them, and goes on; its value is the ``Draft`
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,10 +54,7 @@ def likeliest(root: int, branching: Sequence[int], width: int, least: float = 0.
         if not found:
             break
         start = len(tokens)
-        for path, parent, token in found:
-            tokens.append(token)
-            parents.append(parent)
-            paths.append(path)
+        _add(found, paths, parents, tokens)
     return Draft(np.array(tokens), np.array(parents), np.array(paths, np.float32))
 
 
@@ -79,10 +76,7 @@ def best_first(root: int, nodes: int, width: int, depth: int, least: float = 0.0
         if not expanded:
             break
         start = len(tokens)
-        for path, parent, token in expanded:
-            tokens.append(token)
-            parents.append(parent)
-            paths.append(path)
+        _add(expanded, paths, parents, tokens)
     fed = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
     place = {0: 0} | {fed[parent, token]: i for i, (_, parent, token) in enumerate(pool, 1) if (parent, token) in fed}
     return Draft(
@@ -90,6 +84,14 @@ def best_first(root: int, nodes: int, width: int, depth: int, least: float = 0.0
         np.array([-1, *(place[parent] for _, parent, _ in pool)]),
         np.array([1.0, *(path for path, *_ in pool)], np.float32),
     )
+
+
+def _add(found: Iterable[Candidate], paths: list[float], parents: list[int], tokens: list[int]) -> None:
+    """Put candidates behind the nodes there are."""
+    for path, parent, token in found:
+        paths.append(path)
+        parents.append(parent)
+        tokens.append(token)
 
 
 def _successors(

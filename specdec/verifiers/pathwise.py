@@ -115,8 +115,7 @@ class PathwiseVerifier:
         start = time.perf_counter()
         with self.stats.clock("verify"):
             result = self.model.forward(batch, self.hidden)
-            if result.logits.is_cuda:  # else the clock would stop when the pass has been asked for
-                torch.cuda.current_stream(result.logits.device).synchronize()
+            result.wait()
         seconds = time.perf_counter() - start
         with self.stats.clock("walk"):
             candidates = self._candidates(batch, result.logits)
