@@ -59,9 +59,14 @@ class Acceptance:
         if len(tokens) > 1 and len(committed):
             _learn(tokens, parents, kinds, committed, self.accepted, self.offered, self.most)
 
+    def counts(self) -> dict[str, Float[np.ndarray, " kinds"]]:
+        """A copy of both counts that no other thread changes, and of which none is accepted more than offered."""
+        offered = self.offered.copy()
+        return {"accepted": np.minimum(self.accepted, offered), "offered": offered}
+
     def save(self, path: str | os.PathLike[str], kind: str) -> None:
         """Write the counts to a file of some ``kind``, which changes at once or, on OSError, not at all."""
-        storage.write(path, kind, 1, {"accepted": self.accepted, "offered": self.offered}, {})
+        storage.write(path, kind, 1, self.counts(), {})
 
     def load(self, path: str | os.PathLike[str], kind: str) -> None:
         """Replace the counts by what ``save`` wrote; on an error nothing changes.

@@ -82,7 +82,7 @@ class LookaheadDrafter:
         """Write everything that was learnt to ``path``, which changes at once or, on OSError, not at all."""
         with self._lock:
             shared, acceptance = dict(self._shared), self._acceptance
-        arrays = {"accepted": acceptance.accepted.copy(), "offered": acceptance.offered.copy()}
+        arrays = acceptance.counts()
         for i, trie in enumerate(shared.values()):
             with trie.lock:
                 arrays[f"trie.{i}"] = trie.rows()

@@ -85,8 +85,7 @@ class RecyclingDrafter:
         with self._lock:
             memories, ranks = dict(self._memories), self._ranks
         matrices = {namespace: memory.copy() for namespace, memory in memories.items()}
-        counts = {"accepted": ranks.accepted.copy(), "offered": ranks.offered.copy()}
-        recycling_file.write(path, self.k, matrices, **counts)
+        recycling_file.write(path, self.k, matrices, **ranks.counts())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace everything that was learnt by what ``save`` wrote; on an error nothing changes.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdec.kernels.dispatch import runs_triton
+from specdec.kernels.dispatch import launching, runs_triton
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 WORD = 64  # bits
@@ -64,7 +64,8 @@ def tree_attention(
         case "triton" if able:
             from specdec.kernels import tree_attention_triton
 
-            return tree_attention_triton.tree_attention(q, k, v, ancestors, lengths, starts, scale, softcap, sinks)
+            with launching(q):
+                return tree_attention_triton.tree_attention(q, k, v, ancestors, lengths, starts, scale, softcap, sinks)
         case "triton":
             raise ValueError(
                 f"impl='triton' runs on GPUs, on float32 and halves, heads up to 256 wide; "
