@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/performance.md from ``benchmarks/results/*.json``; ``--check`` only compares.
+"""Write the figures of README.md and docs/*.md from ``benchmarks/results/*.json``; ``--check`` only compares.
 
 ``specdec bench --json`` writes reports of speed, ``benchmarks/cost.py --json`` those of what a pass costs.
 """
@@ -17,7 +17,7 @@ Report = dict[str, Any]
 
 
 def main() -> None:
-    """Rewrite both pages, or exit with a message where one is not what the results say."""
+    """Rewrite the pages, or exit with a message where one is not what the results say."""
     results = ROOT / "benchmarks" / "results"
     for page, sections in {
         ROOT / "README.md": {"figures": figures(results, BRIEF)},
@@ -26,6 +26,14 @@ def main() -> None:
             "speeds": figures(results, against=True),
             "nothing to gain": adversarial(results),
             "suffix trees": suffix_table(results),
+        },
+        ROOT / "docs" / "model_drafters.md": {"drafts": drafts(results)},
+        ROOT / "docs" / "sessions.md": {"sessions": sessions(results)},
+        ROOT / "docs" / "pool.md": {"throughput": pool(results)},
+        ROOT / "docs" / "integrations.md": {"libraries": integrations(results)},
+        ROOT / "docs" / "long_context.md": {
+            "longspec": longspec(results),
+            "shared prefixes": shared_prefix(results),
         },
     }.items():
         old = new = page.read_text()
@@ -230,6 +238,160 @@ def _append_table(append: dict[str, list[Report]]) -> str:
     ]
     head = "Microseconds of appending a token, in each million of them / bytes of each that is held, by `max_bytes`:"
     return f"{head}\n\n{_rows(['million', *millions], rows)}"
+
+
+def drafts(directory: Path) -> str:
+    """What benchmarks/drafts.py found, in Markdown."""
+    return "\n\n".join(map(_drafts_section, _read(directory, "drafts"))) or "not measured yet"
+
+
+def _drafts_section(report: Report) -> str:
+    """One table of each temperature and number of prompts at once."""
+    _check_quiet(report)
+    tables = [
+        f"{_machine(report['machine'])}; {report['prompts']} prompts, at most {report['max_new_tokens']} tokens. In "
+        "brackets 95% intervals:"
+    ]
+    for rows, temperature in dict.fromkeys((r["rows"], r["temperature"]) for r in report["drafts"]):
+        shown = [r for r in report["drafts"] if (r["rows"], r["temperature"]) == (rows, temperature)]
+        cells = [[r["method"], f"{r['tokens_per_step']:.2f}", *_draft_cells(r)] for r in shown]
+        names = ["method", "tokens per step", "tokens per second", "over plain", "over assisted"]
+        tables.append(f"Temperature {temperature:g}, {rows} at once:\n\n{_rows(names, cells)}")
+    return "\n\n".join(tables)
+
+
+def _draft_cells(r: Report) -> list[str]:
+    if not r["equal"]:
+        return ["tokens differ", "", ""]
+    ratios = [_ratio(r, name) for name in ("speedup", "over_assisted")]
+    return [f"{r['tokens_per_second']:.1f}", *ratios]
+
+
+def _ratio(r: Report, name: str) -> str:
+    if name not in r:
+        return "-"
+    low, high = r.get(f"{name}_low"), r.get(f"{name}_high")
+    return f"{r[name]:.2f}x" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
+
+
+def sessions(directory: Path) -> str:
+    """What benchmarks/sessions.py found, in Markdown."""
+    return "\n\n".join(map(_sessions_section, _read(directory, "sessions"))) or "not measured yet"
+
+
+def _sessions_section(report: Report) -> str:
+    head = (
+        f"{_machine(report['machine'])}; greedy, at most {report['max_new_tokens']} tokens a turn, medians of "
+        f"{report['repeats']}. Speed over eager `generate`, reading prompts included / tokens per pass / share of the "
+        "prompts whose rows were kept:"
+    )
+    cells = {(r["agent"], r["method"]): _session_cell(r) for r in report["sessions"] if r["method"] != "eager"}
+    eager = {r["agent"]: f"{r['seconds']:.1f} s" for r in report["sessions"] if r["method"] == "eager"}
+    names = list(dict.fromkeys(method for _, method in cells))
+    rows = [[agent, seconds, *(cells[agent, name] for name in names)] for agent, seconds in eager.items()]
+    return f"{head}\n\n{_rows(['agent', 'eager', *names], rows)}"
+
+
+def _session_cell(r: Report) -> str:
+    return f"{_times(r)} / {r['tokens_per_step']:.2f} / {r['reused']:.0%}"
+
+
+def pool(directory: Path) -> str:
+    """What benchmarks/pool.py found, in Markdown."""
+    return "\n\n".join(map(_pool_section, _read(directory, "pool"))) or "not measured yet"
+
+
+def _pool_section(report: Report) -> str:
+    head = (
+        f"{_machine(report['machine'])}; {report['prompts']} prompts, greedy, at most {report['max_new_tokens']} "
+        f"tokens, medians of {report['repeats']}. Tokens per second, reading prompts included (speed over one after "
+        "another with speculation) / tokens of a row per pass, by requests at a time:"
+    )
+    cells = {(r["method"], r["sessions"]): _pool_cell(r) for r in report["pool"]}
+    counts = sorted({sessions for _, sessions in cells})
+    methods = dict.fromkeys(method for method, _ in cells)
+    rows = [[method, *(cells.get((method, count), "") for count in counts)] for method in methods]
+    missing = [f"`{name}` did not run: {why}." for name, why in report["unavailable"].items()]
+    return "\n\n".join([head, _rows(["", *map(str, counts)], rows), *missing])
+
+
+def _pool_cell(r: Report) -> str:
+    if not r["equal"]:
+        return "tokens differ"
+    steps = "" if r["tokens_per_step"] is None else f" / {r['tokens_per_step']:.2f}"
+    return f"{r['tokens_per_second']:.1f} ({_times(r)}){steps}"
+
+
+def integrations(directory: Path) -> str:
+    """What benchmarks/integrations.py found, in Markdown."""
+    return "\n\n".join(map(_integrations_section, _read(directory, "integrations"))) or "not measured yet"
+
+
+def _integrations_section(report: Report) -> str:
+    head = (
+        f"{_machine(report['machine'])}; greedy, medians of {report['repeats']}. Seconds without speculation, then "
+        "speed over that / tokens per pass:"
+    )
+    results = report["integrations"]
+    cells = {(r["task"], r["method"]): f"{_times(r)} / {r['tokens_per_step']:.2f}" for r in results}
+    names = [name for name in dict.fromkeys(r["method"] for r in results) if name != "plain"]
+    plain = {r["task"]: f"{r['seconds']:.1f} s" for r in results if r["method"] == "plain"}
+    rows = [[task, seconds, *(cells.get((task, name), "") for name in names)] for task, seconds in plain.items()]
+    missing = [f"`{name}` was left out: {why}." for name, why in report["unavailable"].items()]
+    return "\n\n".join([head, _rows(["", "plain", *names], rows), *missing])
+
+
+def longspec(directory: Path) -> str:
+    """What benchmarks/longspec.py found, in Markdown."""
+    return "\n\n".join(map(_longspec_section, _read(directory, "longspec"))) or "not measured yet"
+
+
+def _longspec_section(report: Report) -> str:
+    results, m = report["longspec"], report["machine"]
+    head = (
+        f"{m['model']} ({m['parameters'] / 1e6:.0f}M parameters, {m['dtype']}), {results[0]['prompts']} questions "
+        f"behind each context, at most {report['max_new_tokens']} tokens, greedy chains of {report['depth']}. Tokens "
+        "per step (least and most of a question) / share of the guesses that were right / KiB that the drafter holds "
+        "for the text / MiB of the target's rows that it reads for each guess:"
+    )
+    cells = {(r["layer"], r["context"]): _longspec_cell(r) for r in results}
+    contexts = list(dict.fromkeys(r["context"] for r in results))
+    names = dict.fromkeys(r["layer"] for r in results)
+    rows = [[_layer(name, report["trained"][name]), *(cells[name, n] for n in contexts)] for name in names]
+    return f"{head}\n\n{_rows(['layer', *(f'{n} tokens' for n in contexts)], rows)}"
+
+
+def _layer(name: str, size: Report) -> str:
+    return f"{name} ({size['parameters'] / 1e6:.1f}M weights, window {size['window']})"
+
+
+def _longspec_cell(r: Report) -> str:
+    if not r["equal"]:
+        return "tokens differ"
+    steps = f"{r['tokens_per_step']:.2f} ({r['least']:.2f}-{r['most']:.2f})"
+    return f"{steps} / {r['accepted']:.0%} / {r['bytes'] / 2**10:.0f} / {r['bytes_read'] / 2**20:.1f}"
+
+
+def _times(r: Report) -> str:
+    return f"{r['speedup']:.2f}x" if r["equal"] else "tokens differ"
+
+
+def shared_prefix(directory: Path) -> str:
+    """What benchmarks/shared_prefix.py found, in Markdown."""
+    return "\n\n".join(map(_shared_section, _read(directory, "shared_prefix"))) or "not measured yet"
+
+
+def _shared_section(report: Report) -> str:
+    head = (
+        f"{_machine(report['machine'])}; rows that are copies of {report['prefix']} tokens. Megabytes of KV rows / "
+        "milliseconds of a pass over 1 token a row / over 8:"
+    )
+    rows = [[str(r["rows"]), "shared" if r["shared"] else "apart", *_shared_cells(r)] for r in report["shared_prefix"]]
+    return f"{head}\n\n{_rows(['rows', '', 'MB', '1 token', '8 tokens'], rows)}"
+
+
+def _shared_cells(r: Report) -> list[str]:
+    return [f"{r['bytes'] / 1e6:.0f}", *(f"{1e3 * r[f'seconds_{n}']:.1f}" for n in (1, 8))]
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,7 +29,7 @@ from specdec.bench.machine import machine
 from specdec.drafters import GrammarDrafter, MergedDrafter
 from specdec.speculate import auto_drafter
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 SYSTEM = "You are a careful clerk. Answer every message with the whole list of orders, one per line."
 TURNS = (
     "Anna wants a lamp, Boris a chair, Clara a desk.",
@@ -118,13 +118,13 @@ def peft_adapters(model: Any, tokenizer: Any, path: str) -> Run:
     import peft
 
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    adapted = peft.get_peft_model(model, config, adapter_name="a").eval()
-    adapted.add_adapter("b", config)
+    adapted = peft.get_peft_model(model, config, adapter_name="first").eval()
+    adapted.add_adapter("second", config)
 
     def switch() -> list[str]:
         said = []
         for turn, text in enumerate(TURNS):
-            adapted.set_adapter("ab"[turn % 2])
+            adapted.set_adapter(("first", "second")[turn % 2])
             inputs = tokenizer(f"Orders: {' '.join(TURNS[:turn])} {text} The list:", return_tensors="pt")
             said.append(tokenizer.decode(adapted.generate(**inputs, **SETTINGS)[0]))
         return said
@@ -272,7 +272,7 @@ def main() -> None:
     if given.json:
         facts = {"machine": machine(models["plain"], given.model), "repeats": given.repeats, **SETTINGS}
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**facts, "unavailable": missing, "results": results}, indent=1) + "\n")
+        given.json.write_text(json.dumps({**facts, "unavailable": missing, "integrations": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Agents in sessions beside eager ``generate``, end to end: cold, warm, and with a memory that was saved and loaded.
 
-    python benchmarks/sessions.py [--model PATH] [--repeats N] [--json OUT]
+    python benchmarks/sessions.py [--model PATH] [--repeats N] [--json OUT] [--traces FILE,FILE]
 
-Three scripted agents answer turn after turn, each prompt being all that was said before. "eager" is the model's own
+Three scripted agents answer turn after turn, each prompt being all that was said before; recorded conversations may be
+added, in which what was said before is the record and not the model's own. "eager" is the model's own
 ``generate`` on the whole prompt. The sessions keep KV rows from turn to turn; "cold" has an empty memory, "warm" one
 that has been through the work once, "loaded" the same from a file; "cold, own layers" goes without our CPU kernels. All
 answer each turn one after the other, in another order each time; the median over repeats counts. Where an answer is not
@@ -15,8 +16,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,26 +29,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specdec import Memory, Session, demo
 from specdec.bench.machine import machine
 
-MAX_NEW_TOKENS = 96
+SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False}
 METHODS = ("eager", "cold, own layers", "cold", "warm", "loaded")
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Agent:
-    """A system prompt, examples of exchanges, and what the agent is told turn after turn."""
+    """What is said to an agent.
+
+    Attributes:
+        start: the conversation before the first turn.
+        turns: what is said before each answer.
+        recorded: whether earlier answers are among that; else the agent's own are.
+    """
 
     name: str
-    system: str
-    examples: tuple[tuple[str, str], ...]
-    turns: tuple[str, ...]
+    start: tuple[Message, ...]
+    turns: tuple[tuple[Message, ...], ...]
+    recorded: bool = False
 
-    def start(self) -> list[Message]:
-        """The conversation before the first turn."""
-        said = [("user", "assistant")[i % 2] for i in range(2 * len(self.examples))]
-        texts = [text for example in self.examples for text in example]
-        messages = [{"role": role, "content": text} for role, text in zip(said, texts, strict=True)]
-        return [{"role": "system", "content": self.system}, *messages]
+
+def scripted(name: str, system: str, examples: Sequence[tuple[str, str]], turns: Sequence[str]) -> Agent:
+    """An agent with a system prompt, examples of exchanges, and what it is told turn after turn."""
+    start = [{"role": "system", "content": system}]
+    for asked, answered in examples:
+        start += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return Agent(name, tuple(start), tuple(({"role": "user", "content": turn},) for turn in turns))
+
+
+def recorded(path: Path) -> Agent:
+    """The first conversation of a JSONL file of transcripts; see docs/replay.md."""
+    with path.open(encoding="utf-8") as lines:
+        said = tuple({"role": each["role"], "content": each["content"]} for each in json.loads(next(lines))["messages"])
+    answers = [i for i, message in enumerate(said) if i > 0 and message["role"] == "assistant"]
+    return Agent(path.stem, (), tuple(said[i:j] for i, j in zip([0, *answers], answers, strict=False)), recorded=True)
 
 
 def call(tool: str, **arguments: str) -> str:
@@ -57,7 +74,7 @@ def call(tool: str, **arguments: str) -> str:
 CONFIG = "name: shop\nhost: localhost\nport: 8080\ndebug: true\nworkers: 2\ntimeout: 30\nlog: shop.log"
 ORDERS = "101, Anna, lamp, open\n102, Boris, chair, open\n103, Clara, desk, open"
 AGENTS = (
-    Agent(
+    scripted(
         "operator",
         "You answer every message with one JSON object: the tool to call and its arguments. Tools: list_files(path), "
         "read_file(path), search(text, path), write_file(path, content), run_tests(path).",
@@ -79,7 +96,7 @@ AGENTS = (
             "Result: written. Run the tests in tests/test_server.py.",
         ),
     ),
-    Agent(
+    scripted(
         "clerk",
         "You keep a list of orders. Answer every message with the whole list, one order per line: number, customer, "
         "item, state.",
@@ -95,7 +112,7 @@ AGENTS = (
             "Order 104 was sent.",
         ),
     ),
-    Agent(
+    scripted(
         "editor",
         "You edit a settings file. Answer every message with the whole file after the change, and nothing else.",
         (
@@ -134,52 +151,54 @@ class Bench:
         path: where it was saved.
     """
 
-    def __init__(self, model: Any, eager: Any, tokenizer: Any, path: Path, most: int) -> None:
-        self.model, self.eager, self.tokenizer, self.path, self.most = model, eager, tokenizer, path, most
+    def __init__(self, model: Any, eager: Any, tokenizer: Any, path: Path, agents: Sequence[Agent], most: int) -> None:
+        self.model, self.eager, self.tokenizer, self.path = model, eager, tokenizer, path
+        self.agents, self.most = agents, most
         self.figures: dict[tuple[str, str, int], Figures] = {}
         self.trained = Memory()
-        for agent in AGENTS:  # before the first repeat: nothing of it is timed
-            messages = agent.start()
+        for agent in agents:  # before the first repeat: nothing of it is timed
             with Session(self.model, self.tokenizer, memory=self.trained, namespace=agent.name) as session:
-                for turn in agent.turns[:most]:
-                    messages.append({"role": "user", "content": turn})
-                    said = session.chat(messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-                    messages.append({"role": "assistant", "content": said})
+                self._converse(agent, lambda turn, messages, ask=session.chat: ask(messages, **SETTINGS))
         self.trained.save(path)
         with Session(self.eager, self.tokenizer, cpu_kernels=False) as session:
-            session.chat(messages, max_new_tokens=8)
+            session.chat([{"role": "user", "content": "Hello."}], max_new_tokens=8)
 
     def repeat(self, number: int) -> None:
         """Every agent once, by every method; then what was cold is warm."""
         cold, loaded = Memory(), Memory()
         loaded.load(self.path)
-        for agent in AGENTS:
+        for agent in self.agents:
             sessions = {
                 "cold, own layers": Session(self.eager, self.tokenizer, cpu_kernels=False),
                 "cold": Session(self.model, self.tokenizer, memory=cold, namespace=agent.name),
                 "warm": Session(self.model, self.tokenizer, memory=self.trained, namespace=agent.name),
                 "loaded": Session(self.model, self.tokenizer, memory=loaded, namespace=agent.name),
             }
-            self._agent(agent, sessions, number)
+            self._converse(agent, lambda *turn, of=(agent, sessions, number): self._turn(*of, *turn))
             for session in sessions.values():
                 session.close()
         self.trained = cold
 
-    def _agent(self, agent: Agent, sessions: dict[str, Session], number: int) -> None:
-        messages = agent.start()
-        for turn, text in enumerate(agent.turns[: self.most]):
-            messages.append({"role": "user", "content": text})
-            order = [METHODS[(i + turn + number) % len(METHODS)] for i in range(len(METHODS))]
-            said = {method: self._timed(method, agent, turn, sessions.get(method), messages) for method in order}
-            for method in METHODS:
-                self.figures[method, agent.name, turn].equal &= said[method] == said["eager"]
-            messages.append({"role": "assistant", "content": said["eager"]})
+    def _converse(self, agent: Agent, answer: Callable[[int, list[Message]], str]) -> None:
+        messages = list(agent.start)
+        for turn, said in enumerate(islice(agent.turns, self.most)):
+            messages += said
+            answered = answer(turn, messages)
+            messages += () if agent.recorded else ({"role": "assistant", "content": answered},)
+
+    def _turn(self, agent: Agent, sessions: dict[str, Session], number: int, turn: int, messages: list[Message]) -> str:
+        """Have all methods answer, in another order each time; what eager says."""
+        order = [METHODS[(i + turn + number) % len(METHODS)] for i in range(len(METHODS))]
+        said = {method: self._timed(method, agent, turn, sessions.get(method), messages) for method in order}
+        for method in METHODS:
+            self.figures[method, agent.name, turn].equal &= said[method] == said["eager"]
+        return said["eager"]
 
     def _timed(self, method: str, agent: Agent, turn: int, session: Session | None, messages: list[Message]) -> str:
         figures = self.figures.setdefault((method, agent.name, turn), Figures())
         answer: Callable[..., str] = self._plain if session is None else session.chat
         start = time.perf_counter()
-        said = answer(messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        said = answer(messages, **SETTINGS)
         figures.seconds.append(time.perf_counter() - start)
         if session is not None:
             counts = session.turns[-1]
@@ -198,9 +217,11 @@ class Bench:
         return str(self.tokenizer.decode(output, skip_special_tokens=True))
 
     def results(self) -> list[dict[str, Any]]:
-        """A record for each method and agent, and for all agents together."""
-        names = [agent.name for agent in AGENTS]
-        return [self._record(method, some) for method in METHODS for some in (*([name] for name in names), names)]
+        """A record for each method and agent, and for all scripted agents together."""
+        groups = [[agent.name] for agent in self.agents]
+        own = [agent.name for agent in self.agents if not agent.recorded]
+        groups += [own] if len(own) > 1 else []
+        return [self._record(method, some) for method in METHODS for some in groups]
 
     def _record(self, method: str, agents: list[str]) -> dict[str, Any]:
         def of(which: str) -> list[Figures]:
@@ -211,7 +232,7 @@ class Bench:
         steps, prompt = sum(turn.steps for turn in turns), sum(turn.prompt for turn in turns)
         return {
             "method": method,
-            "agent": agents[0] if len(agents) == 1 else "all",
+            "agent": agents[0] if len(agents) == 1 else "all scripted",
             "turns": len(turns),
             "equal": equal,
             "seconds": seconds[0],
@@ -227,12 +248,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="a directory or hub id")
     parser.add_argument("--repeats", type=int, default=3, help="of the whole work")
     parser.add_argument("--turns", type=int, default=9, help="of each agent, at most")
+    parser.add_argument("--agents", default=",".join(agent.name for agent in AGENTS), help="names, by commas")
+    parser.add_argument("--traces", default="", help="files of recorded conversations, the first of each, by commas")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
+    agents = [agent for agent in AGENTS if agent.name in given.agents.split(",")]
+    agents += [recorded(Path(name)) for name in given.traces.split(",") if name]
     path = demo.resolve(given.model)
     model, eager = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
     with TemporaryDirectory() as folder:
-        bench = Bench(model, eager, AutoTokenizer.from_pretrained(path), Path(folder, "memory"), given.turns)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        bench = Bench(model, eager, tokenizer, Path(folder, "memory"), agents, given.turns)
         for number in range(given.repeats):
             bench.repeat(number)
         size = bench.path.stat().st_size
@@ -240,13 +266,13 @@ def main() -> None:
     for record in results:
         speed = f"{record['speedup']:.2f}x" if record["speedup"] else "not equal"
         print(
-            f"{record['method']:18} {record['agent']:9} {record['seconds']:7.2f} s {speed:>9} "
+            f"{record['method']:18} {record['agent']:12} {record['seconds']:7.2f} s {speed:>9} "
             f"{record['tokens_per_step']:5.2f} tokens/step {100 * record['reused']:3.0f}% of the prompts kept"
         )
     if given.json:
-        facts = {"machine": machine(model, given.model), "repeats": given.repeats, "max_new_tokens": MAX_NEW_TOKENS}
+        facts = {"machine": machine(model, given.model), "repeats": given.repeats, **SETTINGS}
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**facts, "memory_bytes": size, "results": results}, indent=1) + "\n")
+        given.json.write_text(json.dumps({**facts, "memory_bytes": size, "sessions": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/suffix_append.py --cap 256 --json benchmarks/results/suffix_append.json
 
 Responses of 1000 tokens follow a Markov chain: most tokens are one of a few that may follow the one before, the others
-any; both by Zipf's law. Each run replaces the report's entry for its cap. With a cap the tokens that must go to make
-room are taken out meanwhile; what that takes is in the time of those that come.
+any; both by Zipf's law. Each run replaces the report's entry for its cap. With a cap two trees share it, and the older
+half of the tokens goes at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from specdec.drafters.generations import Generations
 from specdec.drafters.suffix_tree import SuffixTree
 
 MILLION, LENGTH, VOCABULARY, FOLLOWERS = 10**6, 1000, 49_152, 32
@@ -41,7 +42,7 @@ def zipf(rng: np.random.Generator, shape: int | tuple[int, int], most: int) -> n
     return (most ** rng.random(shape)).astype(np.int32) - 1
 
 
-def append(tree: SuffixTree, count: int) -> Iterator[dict[str, Any]]:
+def append(tree: Generations | SuffixTree, count: int) -> Iterator[dict[str, Any]]:
     """Append so many million tokens; what each took."""
     for million, texts in zip(range(1, count + 1), millions(), strict=False):
         began = time.perf_counter()
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a report to put the rows into")
     arguments = parser.parse_args()
     SuffixTree().extend(next(millions())[0])  # loads or compiles the kernels
-    tree, rows = SuffixTree(max_bytes=arguments.cap and arguments.cap << 20), []
+    tree, rows = Generations(64, arguments.cap << 20) if arguments.cap else SuffixTree(), []
     print("million: us per token, MiB held, bytes per token held, tokens held")
     for row in append(tree, arguments.millions):
         rows.append(row)

@@ -19,8 +19,8 @@ class Allowance:
         left: what may be risked now.
     """
 
-    def __init__(self) -> None:
-        self.left = FIRST
+    def __init__(self, left: float = FIRST) -> None:
+        self.left = left
 
     def covers(self, risk: float) -> bool:
         """Whether a try may be made that loses so much at worst."""
@@ -35,16 +35,22 @@ class Typical:
     """The median of the last five of some measurements: one or two that were disturbed, or compiled, do not count.
 
     Args:
-        guess: stands for the first ones.
+        guess: stands for them until there is one.
     """
 
     def __init__(self, guess: float) -> None:
-        self._last = deque([guess] * 3, maxlen=5)
+        self._guess, self._last = guess, deque[float](maxlen=5)
 
     def see(self, value: float) -> None:
         """One more measurement."""
         self._last.append(value)
 
     @property
+    def seen(self) -> int:
+        """How many there are, up to five."""
+        return len(self._last)
+
+    @property
     def value(self) -> float:
-        return sorted(self._last)[len(self._last) // 2]
+        """The lesser of two that are in the middle."""
+        return sorted(self._last)[(len(self._last) - 1) // 2] if self._last else self._guess

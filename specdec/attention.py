@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from specdec.core import Unsupported
+from specdec.kernels import shared_prefix_torch
+from specdec.kernels.shared_prefix import shared_prefix_attention
 from specdec.kernels.tree_attention import tree_attention
 from specdec.kernels.tree_attention_torch import attend
+from specdec.shared_prefix import SharedCache, SharedLayer
 
 Attention = Literal["own", "mask", "bits"]
 NAME = "specdec"
@@ -34,6 +38,8 @@ HARMLESS = {
     "token_type_ids",
     "use_cache",
 }
+# The cache of this thread's pass, where its rows' common beginning is held once.
+SHARED: ContextVar[SharedCache | None] = ContextVar("specdec_shared", default=None)
 TURN = threading.RLock()  # the implementation is named in a model's config, which all its threads read
 
 
@@ -58,14 +64,35 @@ def attention(
     if unknown or dropout:
         raise Unsupported(f"our attention does not know {', '.join(unknown) or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shared = _shared(module)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         mask = _as_bool(attention_mask, query.shape[2], key)
-        out = attend(query, key, value, mask, scale, softcap, s_aux)
+        if shared is None:
+            out = attend(query, key, value, mask, scale, softcap, s_aux)
+        else:
+            out = shared_prefix_torch.attend(query, key, value, shared[0], shared[1], mask, scale, softcap, s_aux)
     else:
         bits = attention_mask.to(query.device)[:, 0]
         ancestors, lengths, starts = bits[:, :, :-2], bits[:, 0, -2], bits[:, :, -1]
-        out = tree_attention(query, key, value, ancestors, lengths, scale, starts=starts, softcap=softcap, sinks=s_aux)
+        if shared is None:
+            out = tree_attention(
+                query, key, value, ancestors, lengths, scale, starts=starts, softcap=softcap, sinks=s_aux
+            )
+        else:
+            out = shared_prefix_attention(
+                query, key, value, shared[0], shared[1], ancestors, lengths, scale, softcap=softcap, sinks=s_aux
+            )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _shared(module: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of what all rows of this thread's pass begin with; None where they are not held apart."""
+    cache = SHARED.get()
+    if cache is None:
+        return None
+    layer = cache.layers[module.layer_idx]
+    assert isinstance(layer, SharedLayer), "all of them are"
+    return layer.shared
 
 
 def _as_bool(mask: Tensor | None, nodes: int, key: Tensor) -> Bool[Tensor, "#rows 1 nodes slots"]:
@@ -78,9 +105,14 @@ def _as_bool(mask: Tensor | None, nodes: int, key: Tensor) -> Bool[Tensor, "#row
 
 
 @contextmanager
-def switched(config: Any) -> Iterator[None]:
-    """The model of a text ``config`` with our attention, inside the ``with`` block. Threads take turns."""
+def switched(config: Any, cache: Any = None) -> Iterator[None]:
+    """The model of a text ``config`` with our attention, inside the ``with`` block. Threads take turns.
+
+    Args:
+        cache: that of the pass; one that holds a common beginning apart must be said here.
+    """
     with TURN:
+        shared = SHARED.set(cache if isinstance(cache, SharedCache) else None)
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, eager_mask)  # which sdpa takes too, should a pass end there
         before = config._attn_implementation_internal
@@ -89,6 +121,7 @@ def switched(config: Any) -> Iterator[None]:
             yield
         finally:
             config._attn_implementation_internal = before
+            SHARED.reset(shared)
 
 
 def likely(module: Any, config: Any) -> Attention:

@@ -102,6 +102,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             slots[row, :, first - offset : end - offset] = theirs[0, :, first - other.offset : end - other.offset]
         self._show()
 
+    def repeat(self, rows: int) -> None:
+        """Hold the only row so many times; the copies are made when one of them is next written to."""
+        end = self.lengths[0] - self.offset
+        self._keys, self._values = (slots[:, :, :end].expand(rows, -1, -1, -1) for slots in (self._keys, self._values))
+        self.lengths = self.lengths * rows
+        self._show()
+
     def leave(self, row: int) -> None:
         """Forget a row, wholly; the last one takes its place. Not for the only row."""
         last = len(self.lengths) - 1
@@ -150,6 +157,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of keys and of values, spare ones among them."""
         return self._keys, self._values
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers, spare slots among them."""
+        return self._keys.nbytes + self._values.nbytes
 
     def move_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy what is held to somebody else's buffers with room for it, and write there from now on."""
@@ -223,7 +235,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     @property
     def bytes(self) -> int:
         """Bytes of all buffers, spare slots among them."""
-        return sum(layer._keys.nbytes + layer._values.nbytes for layer in self.slots if layer.is_initialized)
+        return sum(layer.bytes for layer in self.slots if layer.is_initialized)
 
     @property
     def capacity(self) -> tuple[int, int]:

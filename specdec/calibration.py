@@ -21,7 +21,8 @@ class Acceptance:
     """How often nodes of each kind were accepted once their parents were.
 
     It learns from what was committed after a tree was drafted, so it does not matter whether that very tree was
-    verified, or a part of it, or a union with others. Threads may share one: counts lost to a race do no harm.
+    verified, or a part of it, or a union with others. Threads may share one: counts lost to a race do no harm, for no
+    rate is ever read as more than 1.
 
     Args:
         prior: the rate of each kind before anything is learnt.
@@ -40,7 +41,7 @@ class Acceptance:
     @property
     def rate(self) -> Float32[np.ndarray, " kinds"]:
         """The probability that a node of each kind is accepted once its parent is."""
-        return (self.accepted / self.offered).astype(np.float32)
+        return np.minimum(1.0, self.accepted / self.offered).astype(np.float32)
 
     def paths(
         self, parents: Int[np.ndarray, " nodes"], kinds: Int[np.ndarray, " nodes"]
@@ -57,7 +58,7 @@ class Acceptance:
     ) -> None:
         """Count the children of every node on the path that ``committed``, the tokens after the root, took."""
         if len(tokens) > 1 and len(committed):
-            _learn(tokens, parents, kinds, committed, self.accepted, self.offered, self.most)
+            learn(tokens, parents, kinds, committed, self.accepted, self.offered, self.most)
 
     def counts(self) -> dict[str, Float[np.ndarray, " kinds"]]:
         """A copy of both counts that no other thread changes, and of which none is accepted more than offered."""
@@ -80,6 +81,7 @@ class Acceptance:
         fits = all(each.shape == self.offered.shape and each.dtype == np.float64 for each in (accepted, offered))
         if not (fits and (accepted >= 0).all() and (offered > 0).all() and (accepted <= offered).all()):
             raise ValueError(f"{path} does not hold how often guesses of {len(self.offered)} kinds come true")
+        self.offered = np.maximum(self.offered, offered)  # so that who reads meanwhile sees no more accepted than these
         self.accepted, self.offered = accepted, offered
 
     @property
@@ -114,15 +116,15 @@ def magnitude(x: int, most: int) -> int:
 def count(accepted: np.ndarray, offered: np.ndarray, kind: int, hit: bool, most: float = MOST) -> None:
     """One more guess of a kind, and whether it came true; counts are halved when there are ``most``."""
     if offered[kind] >= most:
-        offered[kind] *= 0.5
         accepted[kind] *= 0.5
+        offered[kind] *= 0.5
     offered[kind] += 1.0
     if hit:
-        accepted[kind] += 1.0
+        accepted[kind] = min(accepted[kind] + 1.0, offered[kind])  # another thread's count of offers may be lost
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _learn(
+def learn(
     tokens: np.ndarray,
     parents: np.ndarray,
     kinds: np.ndarray,
@@ -131,6 +133,7 @@ def _learn(
     offered: np.ndarray,
     most: float,
 ) -> None:
+    """What ``Acceptance.learn`` does."""
     # matched[node]: how many committed tokens the path down to the node spells, or -1 off that path.
     matched = np.full(len(tokens), -1, np.int64)
     matched[0] = 0
@@ -149,7 +152,7 @@ def _paths(parents: np.ndarray, kinds: np.ndarray, accepted: np.ndarray, offered
     probability = np.ones(len(parents), np.float32)
     for node in range(1, len(parents)):
         kind = kinds[node]
-        probability[node] = probability[parents[node]] * accepted[kind] / offered[kind]
+        probability[node] = probability[parents[node]] * min(1.0, accepted[kind] / offered[kind])
     return probability
 
 

@@ -17,6 +17,8 @@ from specdec.commands.index import index
 from specdec.commands.replay import replay
 from specdec.commands.serve import serve
 from specdec.commands.show import show
+from specdec.commands.train import train
+from specdec.commands.train_head import head
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,6 +39,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 for command in (generate, serve, bench, show, compare, replay, demo):
     app.command()(command)
 app.add_typer(index, name="index")
+train.command()(head)
+app.add_typer(train, name="train")
 
 if __name__ == "__main__":
     app()

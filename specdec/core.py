@@ -205,6 +205,11 @@ class Drafter(Protocol):
         ...
 
 
+def learns(drafter: Drafter) -> bool:
+    """Whether a drafter must see each verdict; the others catch up from the text at any later call."""
+    return bool(getattr(drafter, "topk", 0) or getattr(drafter, "hidden", False))
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Judges trees by one pass of the target over all of them, and keeps one root path of each."""

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from specdec import cpu
 from specdec.core import Drafter, Policy, Unsupported
 from specdec.recorder import Recorder
-from specdec.speculate import EXIT, Speculate, make_drafter
+from specdec.speculate import DRAFT, EXIT, LONGSPEC, Speculate, make_drafter
 from specdec.statistics import Stats
 from specdec.verifiers import PathwiseVerifier
 
@@ -175,7 +175,7 @@ def wrap(
     inner = _inner(model)
     if not (isinstance(inner, GenerationMixin) or hasattr(inner, "peft_config")):
         raise TypeError(f"wrap: got {type(model).__name__}; give a transformers model with a generate method")
-    if isinstance(drafter, str) and drafter.startswith(EXIT):
+    if isinstance(drafter, str) and drafter.startswith((EXIT, DRAFT, LONGSPEC)):
         drafter = make_drafter(drafter, inner)
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace, trace)
     unwrap(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class Memory:
         self.name, self.topk, self.hidden = self.drafter.name, self.drafter.topk, self.drafter.hidden
         self._used = OrderedDict[str, None]()
         self._lock = threading.Lock()
+
+    @property
+    def bind(self) -> Callable[[Any, Sequence[Context]], str] | None:
+        """The drafter's own, which hands it the target; None where it works without."""
+        bind: Callable[[Any, Sequence[Context]], str] | None = getattr(self.drafter, "bind", None)
+        return bind
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, as the drafter guesses; at the end of a sequence what is too much is forgotten."""

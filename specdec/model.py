@@ -19,6 +19,7 @@ from specdec.attention import Attention, switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
+from specdec.shared_prefix import SharedCache, copies, hooked, one_of, spread
 
 if TYPE_CHECKING:
     from specdec.graphed import GraphedSteps
@@ -103,7 +104,7 @@ class Model:
         model_kwargs: dict[str, Any],
         logits: int = 1,
     ) -> Float[torch.Tensor, "rows last vocab"]:
-        """Run the prompt as ``generate`` would and take hold of its cache.
+        """Run the prompt as ``generate`` would and take hold of its cache. Rows that are copies are run once.
 
         Args:
             model_kwargs: as ``generate`` hands them to a decoding loop; changed in place.
@@ -115,7 +116,9 @@ class Model:
         self._take_cache(model_kwargs)
         if logits > 1 and "logits_to_keep" in model_kwargs:
             model_kwargs["logits_to_keep"] = logits
-        outputs = self.module._prefill(input_ids, generation_config, model_kwargs)
+        once = self._once(input_ids, model_kwargs)
+        prompt, inputs = (input_ids[:1], one_of(model_kwargs)) if once else (input_ids, model_kwargs)
+        outputs = self.module._prefill(prompt, generation_config, inputs)
         model_kwargs = self.module._update_model_kwargs_for_generation(outputs, model_kwargs)
         cache = model_kwargs.get(self.cache_name)
         if not isinstance(cache, Cache):
@@ -126,9 +129,18 @@ class Model:
         if cache is None:
             raise Unsupported(f"{type(self.module).__name__} makes a cache of its own that cannot hold trees")
         self.cache: Cache = cache
-        self._learn_inputs(input_ids, model_kwargs)
         after: torch.Tensor = outputs.logits
+        if once:
+            assert isinstance(cache, SlotCache), "of trees"
+            after = spread(after, cache, len(input_ids))
+        self._learn_inputs(input_ids, model_kwargs)
         return after
+
+    def _once(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> bool:
+        """Whether reading one row of the prompt is reading all of them."""
+        inputs = {name: value for name, value in model_kwargs.items() if name != self.cache_name}
+        able = self.form.level == "tree" and self.users_cache is None
+        return able and copies(input_ids, inputs) and not hooked(self.module)
 
     def _take_cache(self, model_kwargs: dict[str, Any]) -> None:
         self.cache_name = next((name for name in CACHES if model_kwargs.get(name) is not None), CACHES[0])
@@ -195,7 +207,8 @@ class Model:
             inputs["logits_to_keep"] = 0
         if hidden:
             inputs["output_hidden_states"] = True
-        with nullcontext() if self._causal(layout) or self.form.attention == "own" else switched(self.config):
+        own = self._causal(layout) or self.form.attention == "own"
+        with nullcontext() if own else switched(self.config, self.cache):
             return self.module(**inputs, return_dict=True)
 
     def _positions(self, layout: Layout, shift: torch.Tensor) -> Int[torch.Tensor, "... rows nodes"]:
@@ -206,7 +219,9 @@ class Model:
 
     def _causal(self, layout: Layout) -> bool:
         """Whether the model's own causal mask, that of plain generate, is right for a pass."""
-        return self.form.level != "tree" or (layout.tokens.shape[1] == 1 and len(set(self.lengths)) == 1)
+        if self.form.level != "tree" or isinstance(self.cache, SharedCache):
+            return self.form.level != "tree"
+        return layout.tokens.shape[1] == 1 and len(set(self.lengths)) == 1
 
     def _mask(self, layout: Layout) -> Any:
         rows, nodes = layout.tokens.shape

@@ -126,11 +126,24 @@ class ShortLayer:
         keys, values = cache.update(*new, self.attention.layer_idx)
         assert not len(seen) or seen.shape[2] == keys.shape[2], "a mask has a column for each of the cache's slots"
         y = np.empty_like(x)
-        layer_numba.after_cache(
-            x, q, _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3], tuple(keys.shape), seen,
-            self.scale, self.wo, self.bo, self.second_norm, self.eps, self.wg, self.wu, self.wd, self.bg, self.bu,
-            self.bd, y, threads,
+        rest = (
+            self.wo, self.bo, self.second_norm, self.eps, self.wg, self.wu, self.wd, self.bg, self.bu, self.bd, y,
+            threads,
         )  # fmt: skip
+        shared = getattr(cache.layers[self.attention.layer_idx], "shared", None)
+        if shared is None:
+            layer_numba.after_cache(
+                x, q, _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3], tuple(keys.shape), seen,
+                self.scale, *rest,
+            )  # fmt: skip
+        else:  # a beginning that all rows have in common
+            read, (first_keys, first_values) = np.empty_like(q), shared
+            layer_numba.shared_attention(
+                q, _flat(first_keys), first_keys.stride()[:3], _flat(first_values), first_values.stride()[:3],
+                first_keys.shape[2], _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3],
+                tuple(keys.shape), seen, self.scale, read,
+            )  # fmt: skip
+            layer_numba.after_attention(x, read, *rest)
         return torch.from_numpy(y).view(batch, nodes, width)
 
 

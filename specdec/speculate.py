@@ -26,13 +26,15 @@ from specdec.model import Model
 from specdec.policies import ThroughputPolicy
 from specdec.recorder import Recorder, recorder
 from specdec.sampling import Sampler
+from specdec.shared_prefix import share
 from specdec.statistics import Stats
 from specdec.verifiers import PathwiseVerifier, RejectionVerifier
 from specdec.verifiers.traced import TracedVerifier
 
 PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
 PROMPT_LOGITS_ROWS = 32
-CORPUS, SMALL, EXIT = "retrieval:", "small:", "early-exit:"
+CORPUS, SMALL, EXIT, DRAFT = "retrieval:", "small:", "early-exit:", "draft:"
+LONGSPEC = "longspec:"
 
 
 class Speculate:
@@ -40,7 +42,8 @@ class Speculate:
 
     Args:
         drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", or "retrieval:" and an index,
-            or "small:" and a smaller model, or "early-exit:" and how many of the model's own layers (for ``wrap``).
+            or "small:" and a smaller model, or "early-exit:" and how many of the model's own layers (for ``wrap``),
+            or "draft:" or "longspec:" and the file of a draft or a layer trained for the model.
         policy: a Policy, or "auto": the tree size that measured passes say gives most tokens per second.
         verifier: "pathwise", "rejection" for trees that a drafter sampled, or an object with their ``begin``.
         on_unsupported: what to do where speculation cannot give plain ``generate``'s result: "fallback" runs the
@@ -148,7 +151,8 @@ class Speculate:
             streamer.put(input_ids.cpu())
         longest = None if sampler.max_length is None else sampler.max_length + earlier
         with attachment.graphs.lent(target, longest):
-            self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats)
+            keeps_rows = bool(generation_config.return_dict_in_generate)
+            self._decode(input_ids, logits, target, sampler, drafter, policy, earlier, stats, keeps_rows)
             if attachment.costs is not None:
                 attachment.costs.keep()
             return self._output(input_ids, generation_config, sampler, target, stats)
@@ -163,6 +167,7 @@ class Speculate:
         policy: Policy,
         earlier: int,
         stats: Stats,
+        keeps_rows: bool,
     ) -> None:
         """Commit the first tokens from the prompt's ``logits``, then step until every row has ended."""
         stats.generations = 1
@@ -174,6 +179,8 @@ class Speculate:
         for context in contexts:
             context.choice = choice
         bind = getattr(self.drafter, "bind", None)  # of a drafter that works with the target's own weights and rows
+        if not (bind or keeps_rows or (target.graphs and sampler.quick)) and share(target, contexts, padding):
+            target.graphs = None
         if bind is not None:
             target.graphs = None  # they would move the rows without a word to who reads them
         if bind is not None and (why := bind(target, contexts)):
@@ -288,6 +295,14 @@ def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
         if model is None or not layers.isdecimal():
             raise ValueError(f"drafter={drafter!r}: give wrap(model, drafter='{EXIT}4'), or an EarlyExitDrafter")
         return drafters.EarlyExitDrafter(model, int(layers))
+    if drafter.startswith(DRAFT):
+        if model is None:
+            raise ValueError(f"drafter={drafter!r}: give wrap(model, drafter='{DRAFT}PATH'), which knows its target")
+        from specdec.drafters import distilled
+
+        return distilled.drafter(Path(drafter.removeprefix(DRAFT)), model)
+    if drafter.startswith(LONGSPEC):
+        return drafters.LongSpecDrafter.load(drafter.removeprefix(LONGSPEC), model)
     names: dict[str, Any] = {
         "auto": auto_drafter,
         "ngram": drafters.NgramDrafter,
@@ -296,7 +311,7 @@ def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
         "recycling": drafters.RecyclingDrafter,
     }
     if drafter not in names:
-        known = ", ".join([*names, f"{CORPUS}PATH", f"{SMALL}PATH", f"{EXIT}LAYERS"])
+        known = ", ".join([*names, f"{CORPUS}PATH", f"{SMALL}PATH", f"{EXIT}LAYERS", f"{DRAFT}PATH", f"{LONGSPEC}PATH"])
         raise ValueError(f"drafter={drafter!r}: known names are {known}; or give a Drafter")
     made: Drafter = names[drafter]()
     return made

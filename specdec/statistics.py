@@ -117,10 +117,12 @@ class Stats:
         if verdict.prompt:
             self.steps, self.tokens = self.steps + 1, self.tokens + len(verdict.tokens)
             return
-        accepted = len(verdict.path) - 1
-        depth = int(trees.depths(verdict.tree.parents).max())
         self.steps += 1
         self.tokens += len(verdict.tokens)
+        if len(verdict.tree) == 1:
+            return
+        accepted = len(verdict.path) - 1
+        depth = int(trees.depths(verdict.tree.parents).max())
         self.drafted += len(verdict.tree) - 1
         self.accepted += accepted
         for d in range(1, depth + 1):

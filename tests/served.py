@@ -23,6 +23,7 @@ from specdec.server.service import Service
 from tests import tiny
 
 NAME = "tiny"
+FOR_EVER = 300.0  # seconds after which something is taken never to come, on the slowest of machines
 END = 1
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}"
@@ -103,12 +104,12 @@ class Served:
 
     def settle(self) -> None:
         """Wait until no request is left."""
-        self.pool.drain(30)
+        self.pool.drain(FOR_EVER)
 
     def stop(self) -> None:
         """Shut down, as a signal would, and wait for the end."""
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(FOR_EVER)
         assert not self.thread.is_alive()
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specdec.cache
-from specdec.batch import Batch
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
 from specdec.model import Form, Model
+from specdec.pool.batch import Batch
 from tests import tiny
 from tests.tiny import VOCAB, prompt
 

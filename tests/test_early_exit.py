@@ -13,8 +13,9 @@ from torch import nn
 import specdec
 from specdec import cpu
 from specdec.core import Budget, Context
-from specdec.drafters import EarlyExitDrafter
+from specdec.drafters import EarlyExitDrafter, early_exit
 from specdec.drafters.early_exit import with_layers
+from specdec.drafters.model_rows import Rows
 from specdec.policies import FixedPolicy
 from tests import tiny
 from tests.tiny import VOCAB, padded, prompt, same
@@ -115,6 +116,42 @@ class TestDrafts:
             target.generate(prompt(), max_new_tokens=30, do_sample=True, top_k=0)
             assert specdec.stats(target).by_rule["traversal"] > 5
             assert specdec.stats(target).fault_count == 0
+
+
+class TestRows:
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("layers", [3, (0, 2)])
+    def test_are_the_targets_so_that_nothing_is_read_twice(
+        self, target: Any, layers: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fed, run = list[int](), Rows._pass
+        monkeypatch.setattr(
+            Rows, "_pass", lambda *given, **more: fed.append(len(given[1][0].tokens)) or run(*given, **more)
+        )
+        plain = target.generate(prompt(rows=rows), max_new_tokens=30, do_sample=False)
+        with specdec.speculating(target, drafter(target, layers), FixedPolicy(4, 4, 4), cpu_kernels=False):
+            assert target.generate(prompt(rows=rows), max_new_tokens=30, do_sample=False).tolist() == plain.tolist()
+            stats = specdec.stats(target)
+        assert fed.count(1) > 10
+        assert max(fed) == 1  # the root, and then one guess after the other
+        assert stats.accepted > 0
+        assert not stats.reasons
+        assert stats.fault_count == 0
+
+    def test_of_its_own_say_the_same_of_first_layers(self, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        drafted = []
+        for reason in ("", "not today"):
+            monkeypatch.setattr(early_exit, "unfit", lambda target, reason=reason: reason)
+            with specdec.speculating(target, drafter(target, 3, tree="beam"), FixedPolicy(8, 4, 4), cpu_kernels=False):
+                target.generate(prompt(rows=2), max_new_tokens=30, do_sample=False)
+                stats = specdec.stats(target)
+            drafted.append((stats.drafted, stats.accepted, stats.steps))
+            assert stats.fault_count == 0
+        assert drafted[0] == drafted[1]
+
+    def test_of_its_own_where_prompts_are_padded(self, target: Any) -> None:
+        result = same(target, padded(9, 4), drafter=drafter(target, 3), max_new_tokens=20, do_sample=False)
+        assert result.stats.accepted > 0
 
 
 class TestNames:

@@ -328,13 +328,14 @@ def test_a_part_that_comes_to_pay_is_found():
     assert part.asked - before > 200
 
 
-def test_where_nothing_is_wanted_parts_only_catch_up_and_owe_nothing():
-    part = Asked("part", {(2,): 0.9})
+def test_where_nothing_is_wanted_who_learns_from_verdicts_catches_up_and_nobody_owes_anything():
+    part, learner = Asked("part", {(2,): 0.9}), Asked("learner", {(2,): 0.9})
+    learner.topk = 4
     clock = Clock()
-    drafter = MergedDrafter([Paced(part, clock, 1.0)], clock)
+    drafter = MergedDrafter([Paced(part, clock, 1.0), learner], clock)
     trees_drafted = play(drafter, lambda: [1, 1], 50, budget=Budget(0, 0, 0))
     assert {len(tree) for tree in trees_drafted} == {1}
-    assert (part.asked, part.told) == (0, 50)
+    assert (part.asked, part.told, learner.asked, learner.told) == (0, 0, 0, 50)
     play(drafter, lambda: [1, 1], 1)
     assert part.asked == 1
 

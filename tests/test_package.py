@@ -23,10 +23,11 @@ PUBLIC = {
         "wrap",
     },
     "specdec.drafters": {
-        "EarlyExitDrafter", "GrammarDrafter", "LookaheadDrafter", "MergedDrafter", "NgramDrafter", "PredictedOutput",
-        "RecyclingDrafter", "RetrievalDrafter", "SmallModelDrafter", "SuffixDrafter", "TriForceDrafter",
+        "EarlyExitDrafter", "FeatureDrafter", "GrammarDrafter", "LongSpecDrafter", "LookaheadDrafter", "MergedDrafter",
+        "NgramDrafter", "PredictedOutput", "RapidDrafter", "RecyclingDrafter", "RetrievalDrafter", "SmallModelDrafter",
+        "SuffixDrafter", "TriForceDrafter",
     },
-    "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier"},
+    "specdec.verifiers": {"PathwiseVerifier", "RejectionVerifier", "TransferVerifier"},
     "specdec.policies": {"FixedPolicy", "ThresholdPolicy", "ThroughputPolicy"},
 }  # fmt: skip
 README = (ROOT / "README.md").read_text()

@@ -214,6 +214,35 @@ class TestNeverSlower:
         assert Played(played.plain, played.seconds[late:], played.tokens[late:]).speed() > 2
 
 
+class TestDisaster:
+    """A call that takes as long as many plain steps."""
+
+    def test_is_not_repeated_at_once_and_hardly_in_later_texts(self) -> None:
+        liar = Paced(Liar(), clock := Clock(), 50 * QUICK[1])
+        policy, seconds, asked = ThroughputPolicy(Costs(QUICK), clock=clock), simulation.table(QUICK), []
+        for seed in range(20):
+            text = ([7], simulation.random_text(seed, 150))
+            simulation.play([text], liar, policy, clock, seconds)
+            asked.append(liar.asked)
+        assert asked[0] == 1  # and paid off after 200 tokens
+        assert asked[1] == asked[5] == 2  # after 800 more
+        assert asked[-1] == 3
+
+    @pytest.mark.parametrize("calls", [1, 2])
+    def test_that_only_compiled_something_is_forgotten(self, calls: int) -> None:
+        texts = [(GOOD["copies"](2 * i, 100), GOOD["copies"](2 * i + 1, 400)) for i in range(4)]
+
+        class Compiling(Paced):
+            def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+                self.seconds = 10 * QUICK[1] if self.asked < calls else simulation.DRAFT
+                return super().draft(contexts, budgets)
+
+        compiled = play(texts, lambda clock: Compiling(NgramDrafter(), clock), QUICK, rows=1)
+        usual = play(texts, lambda clock: Paced(NgramDrafter(), clock), QUICK, rows=1)
+        assert compiled.seconds[0] > 10 * QUICK[1]
+        assert sum(compiled.seconds) < (1 + 0.2 * calls) * sum(usual.seconds)
+
+
 GOOD: dict[str, Callable[[int, int], list[int]]] = {
     "copies": lambda seed, length: simulation.repetitive_text(seed, length, novel=0.02),
     "phrases": simulation.repetitive_text,
@@ -302,18 +331,6 @@ class TestLearning:
             Played.__add__, [simulation.play([each], both(clock), policy, clock, slow) for each in texts]
         )
         assert speed(disturbed, 1, KERNELS) > 0.95 * play(texts, both, KERNELS, rows=1).speed()
-
-    def test_a_first_call_that_compiles_is_no_reason_to_stop(self) -> None:
-        texts = good("copies")[:1]
-
-        class Compiling(Paced):
-            def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
-                self.seconds = 2.0 if self.asked in (0, 1) else simulation.DRAFT
-                return super().draft(contexts, budgets)
-
-        played = play(texts, lambda clock: Compiling(NgramDrafter(), clock), QUICK)
-        usual = play(texts, lambda clock: Paced(NgramDrafter(), clock), QUICK)
-        assert sum(played.seconds) - 4 < 1.05 * sum(usual.seconds)
 
     def test_a_verdict_is_learnt_from_once(self) -> None:
         policy, context = ThroughputPolicy(costs(lambda n: 1.0), clock=Clock()), Context([7])

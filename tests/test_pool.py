@@ -15,11 +15,11 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec import engine, timing
+from specdec import timing
 from specdec.drafters import SuffixDrafter
-from specdec.engine import TooLarge
 from specdec.policies import FixedPolicy
-from specdec.pool import PoolFull, SessionPool
+from specdec.pool import PoolFull, SessionPool, engine
+from specdec.pool.engine import TooLarge
 from tests import tiny
 from tests.tiny import Oracle, prompt, quietly
 

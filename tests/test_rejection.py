@@ -52,14 +52,22 @@ def sample(target, drafter, verifier, runs, tokens=3, rows=100, **arguments):
 class TestLaw:
     """Pearson's chi-square of what is sampled against what plain passes say; seeds are fixed, so it never flickers."""
 
-    @pytest.mark.parametrize("runs", [800, pytest.param(100000, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("rule", CASES)
+    @pytest.mark.parametrize(
+        ("rule", "runs"),
+        [
+            *((rule, 800) for rule in CASES),
+            ("traversal", 5000),
+            *(pytest.param(rule, 100000, marks=pytest.mark.slow) for rule in CASES),
+        ],
+    )
     def test_of_a_model(self, rule, runs):
+        """The second of four tokens is the first that is guessed, by trees two guesses deep."""
         torch.manual_seed(0)
         target = model()
         drafter = SampledTrees(GROWTHS[CASES[rule]], near(target))
-        tokens, stats = sample(target, drafter, RejectionVerifier(rule), runs)
-        assert p_value(counts(tokens), law(target, PROMPT, 3)) > 0.01
+        tokens, stats = sample(target, drafter, RejectionVerifier(rule), runs, tokens=4)
+        assert p_value(counts(tokens), law(target, PROMPT, 4)) > 0.01
+        assert len(stats.acceptance_by_depth) == 2
         assert stats.accepted > 0.2 * runs
         assert set(stats.by_rule) <= {"match", "traversal", "block"} if rule == "auto" else {"match", rule}
         assert sum(stats.by_rule.values()) == stats.steps
@@ -71,8 +79,8 @@ class TestLaw:
         unjust(monkeypatch)
         target = model()
         drafter = SampledTrees(GROWTHS["chain"], near(target))
-        tokens, _ = sample(target, drafter, RejectionVerifier("chain"), 800)
-        assert p_value(counts(tokens), law(target, PROMPT, 3)) < 1e-6
+        tokens, _ = sample(target, drafter, RejectionVerifier("chain"), 800, tokens=4)
+        assert p_value(counts(tokens), law(target, PROMPT, 4)) < 1e-6
 
     @pytest.mark.parametrize("rule", ["swor", "traversal"])
     def test_with_processors_and_warpers_on_each_path(self, rule):
@@ -80,11 +88,11 @@ class TestLaw:
         target = model()
         drafter = SampledTrees(GROWTHS["tree"], near(target) / 0.8)
         tokens, stats = sample(
-            target, drafter, RejectionVerifier(rule), 800, temperature=0.7, repetition_penalty=1.5, min_new_tokens=1
+            target, drafter, RejectionVerifier(rule), 800, 4, temperature=0.7, repetition_penalty=1.5, min_new_tokens=1
         )
         parts = [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)]
-        assert p_value(counts(tokens), law(target, PROMPT, 3, parts)) > 0.01
-        assert p_value(counts(tokens), law(target, PROMPT, 3, parts[1:])) < 1e-6
+        assert p_value(counts(tokens), law(target, PROMPT, 4, parts)) > 0.01
+        assert p_value(counts(tokens), law(target, PROMPT, 4, parts[1:])) < 1e-6
         assert stats.by_rule[rule] > 0
 
     def test_of_rows_in_lockstep(self):

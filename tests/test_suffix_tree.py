@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specdec.calibration import Acceptance
 from specdec.drafters import suffix_tree_numba as kernels
-from specdec.drafters.suffix_tree import SuffixTree
+from specdec.drafters.generations import Generations
+from specdec.drafters.suffix import prior
+from specdec.drafters.suffix_tree import NO_DRAFT, SuffixTree
 
 TOKENS = st.integers(0, 3)
 PIECES = st.lists(TOKENS, max_size=25)
@@ -146,7 +149,7 @@ def assert_sound(tree):
         for child in children:
             assert kernels._child(nodes, table, parent, nodes[child, kernels.TOKEN]) == child
         waiting += children
-    assert sorted(table[table != kernels.NONE].tolist()) == sorted(listed)
+    assert sorted(table[table[:, kernels.CHILD] != kernels.NONE, kernels.CHILD].tolist()) == sorted(listed)
     assert reached == state[kernels.LIVE] <= 2 * (state[kernels.SIZE] - state[kernels.OLDEST]) + 1
     assert len(set(used_runs)) == len(used_runs)
 
@@ -189,20 +192,47 @@ def test_of_equal_counts_the_last_to_recur_comes_first_and_of_single_ones_the_fi
         assert tree.followers(np.array(gram, np.int64)) == expected
 
 
-@given(seed=st.integers(0, 10**6), repeats=st.booleans(), ends=st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_a_full_tree_forgets_the_oldest_tokens_exactly(seed, repeats, ends):
-    rng = np.random.default_rng(seed)
-    tree, most, text = SuffixTree(4, max_bytes=8192), 8192, rng.integers(0, 4, 70)
-    for _ in range(60):
-        tree.extend(text if repeats else rng.integers(0, 4, 70))
-        if ends:
-            tree.end()
-        assert tree.bytes_used <= most + 1024
-    assert len(tree.tokens) < 60 * 70
-    assert_sound(tree)
-    assert_counts(tree, ngrams(split(tree.tokens), 4))
-    assert tree.sequences == np.count_nonzero(tree.tokens == kernels.END)
+@given(steps=st.lists(st.sampled_from(["end", "forget", *range(1, 300)]), max_size=80), vocabulary=st.integers(1, 50))
+@settings(max_examples=30, deadline=None)
+def test_of_two_generations_the_old_one_goes_whole(steps, vocabulary):
+    rng, both, stream, before = np.random.default_rng(0), Generations(4, 8192), [], 0
+    for step in steps:
+        if step == "end":
+            both.end()
+            stream += [-1] if stream and stream[-1] >= 0 else []
+        elif step == "forget":
+            both.forget()
+        else:
+            new = rng.integers(0, vocabulary, step)
+            both.extend(new)
+            stream += new.tolist()
+        held = both.tokens.tolist()
+        assert held == stream[len(stream) - len(held) :]  # the newest, in order
+        assert both.sequences == held.count(-1)
+        assert both.bytes_used <= 8192
+        if step not in ("end", "forget"):
+            assert len(held) >= min(before + step, 30)
+        before = len(held)
+    for tree in (both.old, both.young):
+        assert_sound(tree)
+        assert_counts(tree, ngrams(split(tree.tokens), 4))
+
+
+@given(texts=st.lists(PIECES, min_size=1, max_size=6), young=st.integers(0, 6))
+@settings(max_examples=100, deadline=None)
+def test_the_best_draft_of_all_trees_wins_and_of_equals_the_own_then_the_young_one(texts, young):
+    both, own, text = Generations(8, 1 << 20), SuffixTree(8), np.array([1, *texts[-1]])
+    for i, other in enumerate(texts[:-1]):
+        if i == young:
+            both.young, both.old = both.old, both.young
+        both.extend(np.array(other, np.int64))
+        both.end()
+    limits = 12, 12, 12, 2.0, 1.0, 0.1
+    got = both.advance(own, Acceptance(prior(), 4.0), NO_DRAFT, text, 0, False, limits)
+    drafts = [tree.draft(text, *limits) for tree in (own, both.young, both.old)]
+    best = max(drafts, key=lambda draft: round(draft.score, 6))
+    assert (got.tokens.tolist(), got.match) == (best.tokens.tolist(), best.match)
+    assert got.score == pytest.approx(best.score)
 
 
 def test_the_example_of_the_reference():
@@ -274,7 +304,8 @@ def test_memory_of_what_was_forgotten_is_used_again():
 @pytest.mark.slow
 @pytest.mark.parametrize("max_bytes", [None, 64 << 20])
 def test_memory_per_token_is_flat_over_ten_million_tokens(max_bytes):
-    tree, rng, per_token = SuffixTree(max_bytes=max_bytes), np.random.default_rng(0), []
+    rng, per_token = np.random.default_rng(0), []
+    tree = SuffixTree() if max_bytes is None else Generations(64, max_bytes)
     ranks = np.minimum(rng.zipf(1.3, 10_000_000) - 1, 49_151)
     for million in range(10):
         for start in range(million * 10**6, (million + 1) * 10**6, 1000):
@@ -285,7 +316,15 @@ def test_memory_per_token_is_flat_over_ten_million_tokens(max_bytes):
     assert max(per_token[3:]) <= 1.6 * min(per_token[:3]) or max_bytes  # arrays grow by half
 
 
-@pytest.mark.parametrize("arguments", [{"max_depth": 1}, {"max_bytes": 1000}])
-def test_bad_arguments_are_refused(arguments):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SuffixTree(1),
+        lambda: SuffixTree(max_bytes=1000),
+        lambda: Generations(64, 65_535),
+        lambda: Generations(1, 65_535),
+    ],
+)
+def test_bad_arguments_are_refused(make):
     with pytest.raises(ValueError, match=r"must be at least"):
-        SuffixTree(**arguments)
+        make()

@@ -80,7 +80,8 @@ def test_siblings_stay_or_go_together():
 def test_drafters_may_stop_by_themselves_where_nothing_must_be_guessed():
     assert ThresholdPolicy(0.7).budget([CONTEXT])[0].least == pytest.approx(0.3)
     assert ThresholdPolicy(0.7, shortest=2).budget([CONTEXT])[0].least == 0
-    assert ThresholdPolicy(0.7, lag=1).budget([CONTEXT])[0].least == 0
+    assert ThresholdPolicy(0.7, lag=1).budget([CONTEXT])[0].least == pytest.approx(0.3)
+    assert ThresholdPolicy(0.7, lag=2).budget([CONTEXT])[0].least == 0
 
 
 @pytest.mark.parametrize(

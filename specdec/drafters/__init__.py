@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.drafters.early_exit import EarlyExitDrafter
+    from specdec.drafters.feature import FeatureDrafter
     from specdec.drafters.grammar import GrammarDrafter
+    from specdec.drafters.longspec import LongSpecDrafter
     from specdec.drafters.lookahead import LookaheadDrafter
     from specdec.drafters.merged import MergedDrafter
     from specdec.drafters.ngram import NgramDrafter
     from specdec.drafters.predicted import PredictedOutput
+    from specdec.drafters.rapid import RapidDrafter
     from specdec.drafters.recycling import RecyclingDrafter
     from specdec.drafters.retrieval import RetrievalDrafter
     from specdec.drafters.small_model import SmallModelDrafter
@@ -20,11 +23,14 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "EarlyExitDrafter": "early_exit",
+    "FeatureDrafter": "feature",
     "GrammarDrafter": "grammar",
+    "LongSpecDrafter": "longspec",
     "LookaheadDrafter": "lookahead",
     "MergedDrafter": "merged",
     "NgramDrafter": "ngram",
     "PredictedOutput": "predicted",
+    "RapidDrafter": "rapid",
     "RecyclingDrafter": "recycling",
     "RetrievalDrafter": "retrieval",
     "SmallModelDrafter": "small_model",
@@ -33,11 +39,14 @@ _MODULES = {
 }
 __all__ = [
     "EarlyExitDrafter",
+    "FeatureDrafter",
     "GrammarDrafter",
+    "LongSpecDrafter",
     "LookaheadDrafter",
     "MergedDrafter",
     "NgramDrafter",
     "PredictedOutput",
+    "RapidDrafter",
     "RecyclingDrafter",
     "RetrievalDrafter",
     "SmallModelDrafter",

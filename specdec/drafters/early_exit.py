@@ -9,14 +9,17 @@ from typing import Any
 from torch import nn
 
 from specdec import cpu
+from specdec.core import Budget, Context, DraftTree
 from specdec.drafters.small_model import SmallModelDrafter, Tree
+from specdec.drafters.target_rows import TargetKeeper, TargetRows, unfit
+from specdec.model import Model
 
 
 class EarlyExitDrafter(SmallModelDrafter):
     """Guesses what the target would write if it had only some of its layers: they share the target's weights.
 
-    Its KV rows are its own, of those layers alone. Rows of the first layers hold what the target's do; what is fed
-    anew, the last accepted node and the token after it, is fed in the pass that makes the first level anyway.
+    Its KV rows are the target's own of those layers, as far as committed: it reads neither the prompt nor what was
+    accepted. Where those cannot serve (padding, windows, no ``generate`` of the target itself), it has rows of its own.
 
     Self-speculative decoding: Zhang et al. 2023, arXiv 2309.08168 (skipped layers); Elhoushi et al. 2024,
     arXiv 2404.16710 (early exit).
@@ -47,6 +50,34 @@ class EarlyExitDrafter(SmallModelDrafter):
         kept = list(range(layers)) if isinstance(layers, int) else list(layers)
         shallow = with_layers(model, kept, lens)
         super().__init__(shallow, tree, temperature, None, None, branching, width, name, seed, cpu_kernels)
+        self.layers = kept
+
+    def bind(self, target: Model, contexts: Sequence[Context]) -> str:
+        """Draft for these contexts, one for each row of the target, in the target's own rows if those can serve.
+
+        Returns:
+            "": it can do without.
+        """
+        if not unfit(target):
+            keeper = TargetKeeper(TargetRows(self.model, self._keeper.form, target, self.layers), contexts)
+            for context in contexts:
+                context.scratch[self] = keeper
+        return ""
+
+    def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+        """One tree per context, within its budget."""
+        keeper: TargetKeeper | None = contexts[0].scratch.get(self) if contexts else None
+        if keeper is None or not keeper.current:
+            return super().draft(contexts, budgets)
+        drafted = dict[int, DraftTree]()
+        if any(budget.nodes > 0 for budget in budgets):
+            asked = {id(context): budget for context, budget in zip(contexts, budgets, strict=True)}
+            every = [(context, asked.get(id(context), Budget(0, 0, 0))) for context in keeper.contexts]
+            try:
+                drafted = self._draft(every, {id(context): context.tokens for context, _ in every}, keeper)
+            finally:
+                keeper.rows.release()
+        return [drafted.get(id(context)) or DraftTree.root(int(context.tokens[-1])) for context in contexts]
 
 
 def with_layers(model: Any, kept: Sequence[int], lens: nn.Module | None = None) -> Any:

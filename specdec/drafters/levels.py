@@ -1,7 +1,7 @@
 """Trees grown from a model's logits, level by level: the likeliest ones, and what to expect of sampled ones.
 
 As in ``trees.sampling``, a growth is a generator: it yields a ``Level``, the nodes that have been fed or are to be, is
-sent the logits after the newest of them, and goes on; its value is the ``Draft``. So one pass serves many trees.
+sent what was ``Read`` there, and goes on; its value is the ``Draft``. So one pass serves many trees.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
@@ -28,14 +29,27 @@ class Draft(NamedTuple):
     law: Law | None = None
 
 
+class Read(NamedTuple):
+    """What a pass over a tree's newest nodes says.
+
+    Attributes:
+        logits: after each of them.
+        chance: that the last of them is accepted if its parent is, by an acceptance head; 1 where there is none.
+    """
+
+    logits: Float[Tensor, "level vocab"]
+    chance: float = 1.0
+
+
 Candidate = tuple[float, int, int]  # path probability, parent, token
-Drafting = Generator[Level, Float[Tensor, "level vocab"], Draft]
+Drafting = Generator[Level, Read, Draft]
 
 
-def advance(growth: Drafting, logits: Float[Tensor, "level vocab"] | None = None) -> Level | Draft:
+def advance(growth: Drafting, logits: Float[Tensor, "level vocab"] | None = None, chance: float = 1.0) -> Level | Draft:
     """The next level of a growth, or what has grown."""
     try:
-        return growth.send(logits)  # type: ignore[arg-type]  # a growth that begins is sent nothing
+        # A growth that begins is sent nothing.
+        return growth.send(None if logits is None else Read(logits, chance))  # type: ignore[arg-type]
     except StopIteration as end:
         draft: Draft = end.value
         return draft
@@ -49,7 +63,7 @@ def likeliest(root: int, branching: Sequence[int], width: int, least: float = 0.
     """
     tokens, parents, paths, start = [root], [-1], [1.0], 0
     for k in branching:
-        logits = yield Level(np.array(tokens), np.array(parents), start)
+        logits, _ = yield Level(np.array(tokens), np.array(parents), start)
         found = _successors(logits, start, paths[start:], k, least)[:width]
         if not found:
             break
@@ -68,7 +82,7 @@ def best_first(root: int, nodes: int, width: int, depth: int, least: float = 0.0
     tokens, parents, paths, start = [root], [-1], [1.0], 0  # of what is fed
     pool = list[Candidate]()
     for _ in range(depth):
-        logits = yield Level(np.array(tokens), np.array(parents), start)
+        logits, _ = yield Level(np.array(tokens), np.array(parents), start)
         found = _successors(logits, start, paths[start:], width, least)
         # Of equals the first found comes first, so that no node stands before its parent.
         pool = sorted([*pool, *found], key=lambda each: (-each[0], each[1]))[:nodes]
@@ -118,7 +132,7 @@ def sampled(growth: Growth, least: float = 0.0) -> Drafting:
     while True:
         logits = None
         if max(_hopes(level.parents, sure)[level.start :], default=0.0) >= least:
-            logits = yield level
+            logits, _ = yield level
             sure += logits.softmax(-1).amax(-1).tolist()
         try:
             level = growth.send(logits)
@@ -134,6 +148,31 @@ def _hopes(parents: Int[np.ndarray, " nodes"], sure: Sequence[float]) -> list[fl
         hopes.append(hopes[parent] * left[parent])
         left[parent] *= 1 - sure[parent]
     return hopes
+
+
+def judged(root: int, depth: int, least: float, generator: torch.Generator | None) -> Drafting:
+    """A chain of which a head judges each node once it has been read; a path less likely than ``least`` ends it.
+
+    The token after that one has come with the same pass, and belongs to the chain. Whether a node is there hangs on
+    those before it, so that a sampled chain stays one; and so does the estimate of the last, which nobody has read.
+
+    Args:
+        generator: draws the tokens; None where the likeliest are chosen.
+    """
+    tokens, paths, laws = [root], [1.0], list[Tensor]()
+    while len(tokens) <= depth:
+        logits, chance = yield Level(np.array(tokens), np.arange(-1, len(tokens) - 1), len(tokens) - 1)
+        laws.append(logits[-1].float().softmax(-1))
+        if len(tokens) > 1:
+            paths[-1] = paths[-2] * chance
+        tokens.append(int(laws[-1].argmax() if generator is None else laws[-1].multinomial(1, generator=generator)))
+        paths.append(paths[-1] * float(laws[-1].max()))
+        if paths[-2] < least:
+            break
+    parents, probability = np.arange(-1, len(tokens) - 1), np.array(paths, np.float32)
+    if generator is None:
+        return Draft(np.array(tokens), parents, probability)
+    return Draft(np.array(tokens), parents, probability, torch.stack([*laws, laws[-1]]), "swor")  # a leaf's is not read
 
 
 def fitted(branching: Sequence[int], nodes: int, depth: int, width: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from specdec import trees
 from specdec.allowance import Allowance, Typical
 from specdec.calibration import KINDS, Acceptance, believed, estimate_kinds
-from specdec.core import Budget, Context, Drafter, DraftTree
+from specdec.core import Budget, Context, Drafter, DraftTree, learns
 from specdec.drafters import merged_file
 from specdec.drafters import merged_numba as kernels
 
@@ -66,13 +66,27 @@ class MergedDrafter:
         self._together = Acceptance(np.tile(believed(), 2), weight=8.0)
         self._pace = Typical(PACE)
 
+    @property
+    def bind(self) -> Callable[[Any, Sequence[Context]], str] | None:
+        """Hands the target to the parts that work with it; None where none does."""
+        return self._bind if any(getattr(part, "bind", None) for part in self.drafters) else None
+
+    def _bind(self, target: Any, contexts: Sequence[Context]) -> str:
+        binds = {part.name: getattr(part, "bind", None) for part in self.drafters}
+        reasons = {name: bind(target, contexts) for name, bind in binds.items() if bind is not None}
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, within its budget; the root alone where no part had a guess."""
         self._settle(contexts)
         wanted = any(budget.nodes > 0 for budget in budgets)
         asked = [part for part in self._parts if wanted and part.affordable(self._pace.value)]
+        due = wanted or any(context.finished for context in contexts)
         drafted = [
-            self._trees(part, contexts, budgets if part in asked else [NOTHING] * len(budgets)) for part in self._parts
+            self._trees(part, contexts, budgets if part in asked else [NOTHING] * len(budgets))
+            if due or learns(part.drafter)
+            else [None] * len(contexts)
+            for part in self._parts
         ]
         for context in contexts:
             if wanted:

@@ -16,11 +16,14 @@ from torch import Tensor
 from specdec import trees
 from specdec.attention import switched
 from specdec.cache import SlotCache, SlotLayer
+from specdec.drafters.acceptance_head import AcceptanceHead
 from specdec.masks import Reach, additive
-from specdec.model import Form, reaches
+from specdec.model import Form, Pass, reaches
+from specdec.streaming_cache import StreamingCache
 from specdec.trees.sampling import Level
 
 PIECE = 512  # tokens of a text that one pass reads at most, so that its mask stays small
+SINKS = 4  # first tokens that are held whatever the window
 NO_TREE = Level(np.zeros(1, np.int64), np.array([-1]), 0)
 
 
@@ -32,11 +35,13 @@ class Text:
         tokens: committed ones.
         tree: nodes that have been fed behind them; its root is the last of the tokens.
         rows: whose row it is; None once it has left.
+        chance: that the last node to be fed is accepted, by an acceptance head; 1 where there is none.
     """
 
     rows: Rows | None
     tokens: Int[np.ndarray, " held"] = field(default_factory=lambda: np.zeros(0, np.int64))
     tree: Level = NO_TREE
+    chance: float = 1.0
 
     @property
     def slots(self) -> int:
@@ -55,7 +60,7 @@ class Text:
         if len(self.tokens) == base > 0:
             found = trees.follow(self.tree.tokens, self.tree.parents, tokens[base:-1])
             base, path = base - 1, found.tolist()
-        self.tokens, self.tree = tokens[: base + len(path)], NO_TREE
+        self.tokens, self.tree, self.chance = tokens[: base + len(path)], NO_TREE, 1.0
         return base, path
 
 
@@ -106,22 +111,39 @@ class Rows:
         module: a transformers causal LM, in evaluation mode.
         form: what its self-test found; at level "tree".
         n: how many rows to begin with; they hold nothing.
+        head: judges the nodes that are fed; None for nobody.
+        window: newest tokens that are held, beside the first four; None for all. For one text of a model whose layers
+            all look back without limit.
 
     Attributes:
         texts: one per row.
     """
 
-    def __init__(self, module: Any, form: Form, n: int = 1) -> None:
-        self.module, self.form = module, form
+    def __init__(
+        self, module: Any, form: Form, n: int = 1, head: AcceptanceHead | None = None, window: int | None = None
+    ) -> None:
+        self.module, self.form, self.head, self.window = module, form, head, window
         self.takes_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
         self.config = module.config.get_text_config(decoder=True)
-        # No windows: levels count as slots, not as tokens. Masks say how far back is seen.
-        self.cache = SlotCache(layer_class_to_replicate=SlotLayer)
+        self.cache = self._empty()
         self.texts = [Text(self) for _ in range(n)]
+
+    def _empty(self) -> SlotCache:
+        if self.window is not None:
+            return StreamingCache(SINKS, self.window)
+        # No windows of layers' own: levels count as slots, not as tokens. Masks say how far back is seen.
+        return SlotCache(layer_class_to_replicate=SlotLayer)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens behind the first ones that are held no more."""
+        return self.cache.slots[0].offset if self.cache.slots else 0
 
     def settle(self, texts: Sequence[Int[np.ndarray, " length"]]) -> None:
         """Forget what these texts, one per row, do not begin with, and their last tokens."""
         settled = [row.settle(tokens) for row, tokens in zip(self.texts, texts, strict=True)]
+        if self.dropped and settled[0][0] < self.dropped + SINKS:  # what it begins with is not held: read it anew
+            self.cache, self.texts[0].tokens, settled = self._empty(), texts[0][:0], [(0, [])]
         self.cache.keep([base for base, _ in settled], [path for _, path in settled])
 
     def read(self, texts: Sequence[Int[np.ndarray, " length"]]) -> Float[Tensor, "rows vocab"]:
@@ -139,7 +161,7 @@ class Rows:
         """Feed the next tokens of each text, but none of its last ``left``."""
         starts = [row.slots for row in self.texts]
         stops = [max(at, min(at + PIECE, len(text) - left)) for at, text in zip(starts, texts, strict=True)]
-        logits = self._pass([Nodes.chain(*each) for each in zip(texts, starts, stops, strict=True)], last)
+        logits = self._pass([Nodes.chain(*each) for each in zip(texts, starts, stops, strict=True)], last).logits
         for row, text, stop in zip(self.texts, texts, stops, strict=True):
             row.tokens = text[:stop]
         return logits
@@ -153,14 +175,16 @@ class Rows:
             else Nodes.level(level, len(row.tokens))
             for row, level in zip(self.texts, levels, strict=True)
         ]
-        logits = self._pass(new, max(len(nodes.tokens) for nodes in new))
-        for row, level in zip(self.texts, levels, strict=True):
-            row.tree = level or row.tree
-        return [logits[row, : len(nodes.tokens)] for row, nodes in enumerate(new)]
+        after = self._pass(new, max(len(nodes.tokens) for nodes in new), hidden=self.head is not None)
+        for row, (text, level) in enumerate(zip(self.texts, levels, strict=True)):
+            text.tree = level or text.tree
+            if level is not None and self.head is not None and after.hidden is not None:
+                text.chance = float(self.head.chance(after.hidden[row, len(new[row].tokens) - 1]))
+        return [after.logits[row, : len(nodes.tokens)] for row, nodes in enumerate(new)]
 
     @torch.no_grad()
-    def _pass(self, new: Sequence[Nodes], last: int) -> Float[Tensor, "rows last vocab"]:
-        """One pass; logits of the ``last`` columns at least, in float32."""
+    def _pass(self, new: Sequence[Nodes], last: int, hidden: bool = False) -> Pass:
+        """One pass; logits, in float32, and hidden states, if wanted, of the ``last`` columns at least."""
         slots, lengths = [row.slots for row in self.texts], [len(nodes.tokens) for nodes in new]
         tokens, positions = np.zeros((2, len(new), max(lengths)), np.int64)
         for row, nodes in enumerate(new):
@@ -171,14 +195,15 @@ class Rows:
         mask, options = self._mask(new, slots, max(lengths)), dict[str, int]()
         if self.takes_last:
             options["logits_to_keep"] = last
+        if hidden:
+            options["output_hidden_states"] = True
         ours = mask is not None and self.form.attention != "own"
         with switched(self.config) if ours else nullcontext():
             outputs = self.module(
                 **inputs, **options, attention_mask=mask, past_key_values=self.cache, use_cache=True, return_dict=True
             )
         self.cache.keep(slots, [range(length) for length in lengths])
-        logits: Tensor = outputs.logits[:, -last:].float()
-        return logits
+        return Pass(outputs.logits[:, -last:].float(), outputs.hidden_states[-1][:, -last:] if hidden else None)
 
     def _mask(self, new: Sequence[Nodes], slots: Sequence[int], width: int) -> Any:
         """Who sees which slots, in the form that the module takes; None where its own causal mask says so too."""
@@ -190,15 +215,16 @@ class Rows:
         return masks if self.form.per_type else next(iter(masks.values()))
 
     def _mask_for(self, new: Sequence[Nodes], slots: Sequence[int], width: int, reach: Reach) -> Tensor:
-        mask = np.zeros((len(new), 1, width, max(slots) + width), np.bool_)
+        dropped = self.dropped
+        mask = np.zeros((len(new), 1, width, max(slots) + width - dropped), np.bool_)
         for row, nodes in enumerate(new):
-            n, end = len(nodes.tokens), nodes.base + nodes.seen.shape[1]
-            places = np.concatenate([np.arange(nodes.base), nodes.places])
-            mask[row, 0, :n, : nodes.base] = True
-            mask[row, 0, :n, nodes.base : end] = nodes.seen
+            n, base, end = len(nodes.tokens), nodes.base - dropped, nodes.base + nodes.seen.shape[1] - dropped
+            places = np.concatenate([np.arange(base), nodes.places])
+            mask[row, 0, :n, :base] = True
+            mask[row, 0, :n, base:end] = nodes.seen
             mask[row, 0, :n, :end] &= _within(nodes.positions[:, None], places, reach)
             spare = np.arange(n, width)
-            mask[row, 0, spare, slots[row] + spare] = True  # what fills a row up sees itself
+            mask[row, 0, spare, slots[row] - dropped + spare] = True  # what fills a row up sees itself
         allowed = torch.from_numpy(mask).to(self.module.device)
         return additive(allowed, self.module.dtype) if self.form.additive else allowed
 

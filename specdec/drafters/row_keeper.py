@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specdec.core import Context
+from specdec.drafters.acceptance_head import AcceptanceHead
 from specdec.drafters.model_rows import Rows, Text
 from specdec.model import Form
 
@@ -26,10 +27,12 @@ class RowKeeper:
     Args:
         model: a transformers causal LM, in evaluation mode.
         form: what its self-test found; at level "tree".
+        head: judges the nodes that rows are fed; None for nobody.
+        window: newest tokens that a row holds; None for all. Then contexts are to be gathered one by one.
     """
 
-    def __init__(self, model: Any, form: Form) -> None:
-        self.model, self.form = model, form
+    def __init__(self, model: Any, form: Form, head: AcceptanceHead | None = None, window: int | None = None) -> None:
+        self.model, self.form, self.head, self.window = model, form, head, window
         self._idle: list[tuple[str, Rows]] = []
         self._lock = threading.Lock()
 
@@ -67,7 +70,7 @@ class RowKeeper:
         return rows
 
     def _empty(self, n: int) -> Rows:
-        return Rows(self.model, self.form, n)
+        return Rows(self.model, self.form, n, self.head, self.window)
 
     def _fresh(self, namespace: str, tokens: Tokens) -> Rows:
         """A new text's row: that of an ended one, if the text begins with half of what that holds, or an empty one."""

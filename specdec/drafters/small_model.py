@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -14,14 +15,18 @@ from specdec import cpu, demo
 from specdec.attach import attach
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import levels
+from specdec.drafters.acceptance_head import AcceptanceHead, head_for
 from specdec.drafters.model_rows import Rows
 from specdec.drafters.row_keeper import RowKeeper
 from specdec.drafters.translate import Translation
+from specdec.masks import Reach
+from specdec.model import reaches
 from specdec.trees import sampling
 from specdec.trees.sampling import Level
 
 Tree = Literal["chain", "beam", "best-first", "rsd-c", "rsd-s", "iid"]
 ANY_WIDTH = 1 << 30
+LEAST_WINDOW = 128  # a tree's nodes are among the newest that a window holds
 OWN = 7919  # any number
 
 
@@ -52,9 +57,14 @@ class SmallModelDrafter:
         name: what ``stats`` calls it.
         seed: from 0 on, of its random generator; the target may start from the same.
         cpu_kernels: whether to make the model's float32 layers on the CPU quicker for short passes, as ``wrap`` does.
+        head: an ``AcceptanceHead``, or the file of one: the probability of a chain's nodes is then what it says of
+            them, and not what the model does. For ``ThresholdPolicy(lag=1)``.
+        window: newest tokens of a text that the model's rows hold, beside the first four: constant memory, however long
+            the text (``StreamingCache``). None for all. Texts of a batch are then drafted one after another.
 
     Raises:
-        ValueError: for a model that takes no trees, an unknown kind of tree, or arguments that do not go together.
+        ValueError: for a model that takes no trees, an unknown kind of tree, a head for another model, a window where
+            layers have their own, or arguments that do not go together.
     """
 
     topk = 0
@@ -72,8 +82,13 @@ class SmallModelDrafter:
         name: str = "small",
         seed: int = 0,
         cpu_kernels: bool = True,
+        head: AcceptanceHead | str | os.PathLike[str] | None = None,
+        window: int | None = None,
     ) -> None:
         _check(tree, temperature, tokenizer, target_tokenizer, branching, width)
+        if head is not None and tree != "chain":
+            raise ValueError(f"tree={tree!r}: an acceptance head judges chains; leave out one of the two")
+        self.head = None if head is None else head_for(model, head)
         self.model = model.eval()
         if cpu_kernels:
             cpu.install(model)
@@ -84,12 +99,16 @@ class SmallModelDrafter:
         self.branching, self.width = tuple(branching), width
         self.translation = None if tokenizer is None else Translation(tokenizer, target_tokenizer)
         config = model.config.get_text_config(decoder=True)
+        far = list((reaches(config) or {}).values())
+        if window is not None and (window < LEAST_WINDOW or far != [Reach()]):
+            raise ValueError(f"window={window}: give {LEAST_WINDOW} or more, and a model that looks back without limit")
+        self.window = window
         self.positions = getattr(config, "max_position_embeddings", None) or ANY_WIDTH
         self.known = int(model.get_input_embeddings().num_embeddings)
         # Not the seed itself: a target that starts from the same one would draw the very numbers of its draft.
         own = np.random.SeedSequence([seed, OWN]).generate_state(1, np.uint32)
         self._generator = torch.Generator(model.device).manual_seed(int(own[0]))
-        self._keeper = RowKeeper(model, form)
+        self._keeper = RowKeeper(model, form, self.head, window)
 
     @classmethod
     def load(cls, path: str, **arguments: Any) -> SmallModelDrafter:
@@ -112,7 +131,8 @@ class SmallModelDrafter:
                 for context, budget in zip(contexts, budgets, strict=True)
                 if not context.finished and self._reads(texts[id(context)])
             ]
-            drafted = self._draft(going, texts) if going else {}
+            together = [going] if self.window is None else [[each] for each in going]
+            drafted = {row: tree for group in together if group for row, tree in self._draft(group, texts).items()}
         return [drafted.get(id(context)) or DraftTree.root(int(context.tokens[-1])) for context in contexts]
 
     def reset(self) -> None:
@@ -127,18 +147,22 @@ class SmallModelDrafter:
         return 0 < len(text) < self.positions and int(text.max()) < self.known
 
     def _draft(
-        self, going: Sequence[tuple[Context, Budget]], texts: dict[int, Int[np.ndarray, " length"]]
+        self,
+        going: Sequence[tuple[Context, Budget]],
+        texts: dict[int, Int[np.ndarray, " length"]],
+        keeper: RowKeeper | None = None,
     ) -> dict[int, DraftTree]:
-        """One tree for each of some contexts, by their id."""
+        """One tree for each of some contexts, by their id; in the rows of another ``keeper`` if one is given."""
+        keeper = keeper or self._keeper
         try:
-            rows = self._keeper.gather([context for context, _ in going], texts)
-            place = {id(self._keeper.text(context)): (context, budget) for context, budget in going}
+            rows = keeper.gather([context for context, _ in going], texts)
+            place = {id(keeper.text(context)): (context, budget) for context, budget in going}
             going = [place[id(text)] for text in rows.texts]
             own = [texts[id(context)] for context, _ in going]
             growths = [self._growth(*pair, text) for pair, text in zip(going, own, strict=True)]
             drafts = self._grow(rows, [context for context, _ in going], growths, rows.read(own))
         except BaseException:  # nobody knows what rows hold that were being written
-            self._keeper.forget(context for context, _ in going)
+            keeper.forget(context for context, _ in going)
             raise
         return {
             id(context): self._tree(context, budget, text, draft)
@@ -157,8 +181,10 @@ class SmallModelDrafter:
         asked = [levels.advance(growth) for growth in growths]
         while any(isinstance(each, Level) for each in asked):
             asked = [
-                levels.advance(growth, self._processed(context, each, ours)) if isinstance(each, Level) else each
-                for context, growth, each, ours in zip(contexts, growths, asked, after, strict=True)
+                levels.advance(growth, self._processed(context, each, ours), text.chance)
+                if isinstance(each, Level)
+                else each
+                for context, growth, each, ours, text in zip(contexts, growths, asked, after, rows.texts, strict=True)
             ]
             wanted = [each if isinstance(each, Level) else None for each in asked]
             if any(wanted):
@@ -172,6 +198,8 @@ class SmallModelDrafter:
         width = 1 if self.tree == "chain" else min(self.width, budget.width, nodes)
         if depth < 1 or width < 1:
             return levels.likeliest(root, [], 1)
+        if self.head is not None:
+            return levels.judged(root, depth, least, self._generator if self._samples(context) else None)
         if self.tree == "best-first":
             return levels.best_first(root, nodes, width, depth, least)
         if self.tree in ("rsd-c", "iid"):

@@ -16,7 +16,8 @@ from specdec import trees
 from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.drafters import suffix_draft_numba, suffix_file
-from specdec.drafters.suffix_tree import Draft, SuffixTree
+from specdec.drafters.generations import Generations
+from specdec.drafters.suffix_tree import NO_DRAFT, Draft, SuffixTree
 
 _NOTHING = Budget(nodes=0, depth=0, width=0)
 KEPT = 4  # finished texts of a namespace that a conversation may go on with, an eighth of its memory at most
@@ -25,8 +26,8 @@ KEPT = 4  # finished texts of a namespace that a conversation may go on with, an
 class SuffixDrafter:
     """Continues the last tokens as earlier occurrences of them were continued, in proportion to how often.
 
-    Two suffix trees with counts are asked: one of the context's own prompt and output, and one of past responses of the
-    same namespace, this one among them as it grows. A context's own tree dies with it, unless the next prompt goes on
+    Suffix trees with counts are asked: one of the context's own prompt and output, and of past responses of the same
+    namespace, this one among them as it grows. A context's own tree dies with it, unless the next prompt goes on
     where one of the last finished contexts ended: it takes over that tree. Every length of match is tried. The longer
     the match, the more is drafted: at most ``factor * match + offset`` tokens, no path less likely than
     ``min_probability`` by the counts. The draft with the largest sum of probabilities wins, of equals the longer match,
@@ -37,7 +38,7 @@ class SuffixDrafter:
     their kind came true, which is learnt on line.
 
     It needs nothing of the target and its guesses are chosen, not sampled. A token of either tree takes about 100
-    bytes; past responses are forgotten, the oldest first, where ``max_bytes`` would be exceeded. Threads may share a
+    bytes; the oldest half of the past responses is forgotten where ``max_bytes`` would be exceeded. Threads may share a
     drafter; a tree is locked for microseconds, or while a response is entered, about a microsecond per token.
 
     Oliaro et al., "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications" (arXiv 2411.04975).
@@ -66,7 +67,7 @@ class SuffixDrafter:
         offset: float = 0.0,
         min_probability: float = 0.1,
         mode: Literal["tree", "path"] = "tree",
-        max_bytes: int = 256 << 20,
+        max_bytes: int = 128 << 20,
         max_sequences: int | None = None,
         namespaces: int = 16,
         fallback: Drafter | None = None,
@@ -83,7 +84,7 @@ class SuffixDrafter:
             raise ValueError(
                 f"need namespaces >= 1, max_sequences >= 0, got namespaces={namespaces}, max_sequences={max_sequences}"
             )
-        SuffixTree(max_depth, max_bytes)  # whose complaints are wanted now
+        Generations(max_depth, max_bytes)  # whose complaints are wanted now
         self.max_depth, self.max_bytes, self.max_sequences = max_depth, max_bytes, max_sequences
         self.factor, self.offset, self.min_probability, self.mode = factor, offset, min_probability, mode
         self.fallback, self.threshold = fallback, threshold
@@ -205,7 +206,7 @@ class Text:
 
     def __init__(self, max_depth: int):
         self.tree = SuffixTree(max_depth)
-        self.guess: Draft | None = None
+        self.guess = NO_DRAFT
         self.remembered = 0
 
     def begins(self, tokens: Int[np.ndarray, " length"]) -> bool:
@@ -228,7 +229,7 @@ class Memory:
     def __init__(self, max_depth: int, max_bytes: int, max_sequences: int | None):
         self.acceptance = Acceptance(prior(), weight=4.0)
         self._most_kept = max_bytes // 8
-        self._tree = SuffixTree(max_depth, max(max_bytes - self._most_kept, 1024 * max_depth))
+        self._tree = Generations(max_depth, max(max_bytes - self._most_kept, 1024 * max_depth))
         self._max_sequences = max_sequences
         self._kept: deque[Text] = deque(maxlen=KEPT)
         self._writer: Callable[[], Text | None] = lambda: None
@@ -241,12 +242,10 @@ class Memory:
         """
         tokens = context.tokens
         with self._lock:
-            guess = text.guess
-            if guess is not None and len(guess.tokens) > 1:
-                self.acceptance.learn(guess.tokens, guess.parents, guess.kinds, tokens[text.tree.growing :])
             writes = self._writer() is text or self._claim(text, context.finished)
             said = len(tokens) - context.prompt_length - text.remembered if writes else 0
-            text.guess = guess = self._tree.advance(text.tree, self.acceptance, tokens, said, writes, limits)
+            guess = self._tree.advance(text.tree, self.acceptance, text.guess, tokens, said, writes, limits)
+            text.guess = guess
             text.remembered += said
             if context.finished:
                 self._end()
@@ -283,7 +282,7 @@ class Memory:
             self._tree.forget()
 
     def _keep(self, text: Text) -> None:
-        text.guess, text.remembered = None, 0
+        text.guess, text.remembered = NO_DRAFT, 0
         self._kept.append(text)
         while sum(each.bytes_used for each in self._kept) > self._most_kept:
             self._kept.popleft()

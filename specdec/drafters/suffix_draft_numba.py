@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from specdec.calibration import magnitude
+from specdec.calibration import MOST, learn, magnitude
 from specdec.drafters.suffix_tree_numba import (
     COUNT,
     END,
@@ -15,19 +15,20 @@ from specdec.drafters.suffix_tree_numba import (
     MATCHED,
     NEXT,
     NONE,
+    ROOT,
     START,
     TOKEN,
     Arrays,
     Index,
     extend,
     find,
+    unpack,
 )
 
 TIE = 1e-9  # scores that differ by less are equal: the order of summation must not decide
 SHAPE = 2, 8, 4, 4  # see ``_kind``
 KINDS = 256
 
-Plain = tuple[np.ndarray, ...]  # the fields of ``Arrays``: numba takes half the time to look at a plain tuple
 Limits = tuple[int, int, int, float, float, float]  # nodes, depth, width, factor, offset, least
 Buffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # places and paths of a draft, and of offers to it
 
@@ -37,87 +38,99 @@ NODE, INSIDE, PARENT, LEVEL = range(4)
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def advance(
-    own: Plain,
-    memory: Plain,
+    own: np.ndarray,
+    young: np.ndarray,
+    old: np.ndarray,
     accepted: np.ndarray,
     offered: np.ndarray,
-    tail: np.ndarray,
-    new: int,
+    guessed: np.ndarray,
+    parents: np.ndarray,
+    kinds: np.ndarray,
+    text: np.ndarray,
     said: int,
     newest: bool,
-    nodes: int,
+    found: np.ndarray,
+    paths: np.ndarray,
     depth: int,
     width: int,
     factor: float,
     offset: float,
     least: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, int, int, int]:
-    """Enter a text's last ``new`` tokens in its ``own`` tree, the last ``said`` in the ``memory``, and ``draft``.
+) -> tuple[int, float, int, int, int]:
+    """Enter what is new of a text in its ``own`` tree, its last ``said`` tokens in the ``young`` one, and ``draft``.
 
-    The probabilities are those that guesses of their kind have come true with, ``accepted / offered``.
+    First what became of the nodes ``guessed`` after what the own tree has is counted. The probabilities are those that
+    guesses of their kind have come true with, ``accepted / offered``.
 
-    Returns also how many of each there was no room for. Then nothing is drafted.
+    Returns also how many tokens of each there was no room for. Then nothing is drafted.
     """
-    local = Arrays(own[0], own[1], own[2], own[3], own[4], own[5])
-    shared = Arrays(memory[0], memory[1], memory[2], memory[3], memory[4], memory[5])
-    new -= extend(local, tail[len(tail) - new :])
-    said -= extend(shared, tail[len(tail) - said :])
+    new = len(text) - own[GROWING]
+    if len(guessed) > 1 and new > 0:
+        learn(guessed, parents, kinds, text[len(text) - new :], accepted, offered, MOST)
+    new -= extend(own, text[len(text) - new :])
+    said -= extend(young, text[len(text) - said :])
     if new > 0 or said > 0:
-        nodes = 0
-    context = tail[max(0, len(tail) - len(local.active) + 1) :]
+        return 0, 0.0, 0, new, said
+    local, shared, elder = unpack(own), unpack(young), unpack(old)
+    context = text[max(0, len(text) - len(local.active) + 1) :]
     length = shared.state[GROWING] if newest else 0
-    tokens, parents, paths, kinds, score, match = draft(
-        local, shared, context, length, nodes, depth, width, factor, offset, least
-    )
-    for i in range(1, len(tokens)):
-        paths[i] = paths[parents[i]] * accepted[kinds[i]] / offered[kinds[i]]
-    return tokens, parents, paths, kinds, score, match, new, said
+    size, score, match = draft(local, shared, elder, context, length, found, paths, depth, width, factor, offset, least)
+    for i in range(1, size):
+        kind = found[2, i]
+        paths[i] = paths[found[1, i]] * accepted[kind] / offered[kind]
+    return size, score, match, new, said
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def draft(
     local: Arrays,
     shared: Arrays,
+    elder: Arrays,
     context: np.ndarray,
     newest: int,
-    nodes: int,
+    found: np.ndarray,
+    paths: np.ndarray,
     depth: int,
     width: int,
     factor: float,
     offset: float,
     least: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, int]:
-    """The best draft of two trees. ``context`` is the newest sequence of the local one, which wins where it is as good.
+) -> tuple[int, float, int]:
+    """The best draft of three trees. ``context`` is the newest sequence of the first, and the first wins of equals.
 
     The context's last ``newest`` tokens are the newest sequence of the shared tree.
 
-    Returns tokens, parents, path probability and kind of each node, the context's last token first; the score, which is
-    the sum of the guesses' probabilities; and how long the match is.
+    Each node's token, parent and kind is written to ``found``, int64 [3, nodes], and the path's probability to
+    ``paths``, float32 [nodes]; the context's last token is node 0. It is cheaper to fill arrays than to return them.
+
+    Returns how many nodes there are, the root among them; the score, which is the sum of the guesses' probabilities;
+    and how long the match is.
     """
-    most = max(0, min(nodes, int((len(local.active) - 1) * factor + offset + 1e-6)))
+    most = len(paths) - 1
     width = max(0, min(width, most))
-    places, paths = np.empty((most + 1, 4), np.int64), np.empty(most + 1, np.float64)
+    places, odds_of = np.empty((most + 1, 4), np.int64), np.empty(most + 1, np.float64)
     offers, odds = np.empty((width * (most + 1), 4), np.int64), np.empty(width * (most + 1), np.float64)
     limits = most, depth, width, factor, offset, least
-    buffers = places, paths, offers, odds
+    buffers = places, odds_of, offers, odds
     score, match = _best(local, True, context, limits, 0.0, buffers)
+    tree, is_shared = local, False
     better, longer = _best(shared, shared.state[MATCHED] < newest, context, limits, score, buffers)
-    tree, is_shared = local, longer > 0
-    if is_shared:
-        tree, score, match = shared, better, longer
+    if longer > 0:
+        tree, is_shared, score, match = shared, True, better, longer
+    better, longer = _best(elder, False, context, limits, score, buffers)
+    if longer > 0:
+        tree, is_shared, score, match = elder, True, better, longer
     size = 1
     if match > 0:  # once more: remembering each best draft would cost more
         node, inside = _end(tree, not is_shared, context, match)
         size, score = _continue(tree.nodes, tree.tokens, node, inside, match, limits, buffers)
-    tokens, parents, kinds = np.empty(size, np.int64), np.full(size, -1, np.int64), np.zeros(size, np.int64)
-    tokens[0] = context[-1]
-    paths[0] = 1.0
+    found[0, 0], found[1, 0], found[2, 0], paths[0], odds_of[0] = context[-1], -1, 0, 1.0, 1.0
     for i in range(1, size):
         node, parent = places[i, NODE], places[i, PARENT]
-        tokens[i], parents[i] = tree.tokens[tree.nodes[node, START] + places[i, INSIDE]], parent
-        share = paths[i] / paths[parent]
-        kinds[i] = _kind(match + places[i, LEVEL] - 1, tree.nodes[node, COUNT], share, is_shared)
-    return tokens, parents, paths[:size].astype(np.float32), kinds, score, match
+        kind = _kind(match + places[i, LEVEL] - 1, tree.nodes[node, COUNT], odds_of[i] / odds_of[parent], is_shared)
+        found[0, i], found[1, i], found[2, i] = tree.tokens[tree.nodes[node, START] + places[i, INSIDE]], parent, kind
+        paths[i] = odds_of[i]
+    return size, score, match
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -158,6 +171,8 @@ def _longest(tree: Arrays, own: bool, context: np.ndarray) -> Index:
     """How many of the context's last tokens are in the tree, less than all, and leaving some depth for a guess."""
     if own:
         return min(tree.state[MATCHED], len(tree.active) - 2)
+    if tree.nodes[ROOT, HEAD] == NONE:
+        return 0
     low, high = 0, min(len(context) - 1, len(tree.active) - 2)
     while low < high:
         n = min(2 * low + 1, (low + high + 1) // 2)  # most matches are short

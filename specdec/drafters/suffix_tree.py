@@ -7,10 +7,8 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Float32, Int
 
-from specdec.calibration import Acceptance
 from specdec.drafters import suffix_draft_numba, suffix_tree_numba
 from specdec.drafters.suffix_tree_numba import (
-    COLUMNS,
     COUNT,
     END,
     GROWING,
@@ -18,21 +16,22 @@ from specdec.drafters.suffix_tree_numba import (
     LENGTH,
     LIVE,
     MATCHED,
+    MAX_DEPTH,
     NEXT,
+    NODE_ROOM,
     NODES,
     NONE,
     OLDEST,
-    ROOT,
+    RUN_ROOM,
     RUNS,
     SIZE,
     START,
     TOKEN,
+    TOKEN_ROOM,
     Arrays,
 )
 
 LARGEST = 2**31 - 2  # a store's positions and a tree's nodes are int32
-NODE_BYTES = 4 * (COLUMNS + 2 + 2)  # a node's columns, a run and two slots of the table
-STEP = 4096  # tokens forgotten at once at most, so that no call waits long
 
 
 class Draft(NamedTuple):
@@ -52,65 +51,71 @@ class Draft(NamedTuple):
     score: float
     match: int
 
+    @classmethod
+    def room(cls, nodes: int, max_depth: int, factor: float, offset: float) -> tuple[np.ndarray, np.ndarray]:
+        """Where the kernel may write a draft: tokens, parents and kinds, and probabilities."""
+        most = max(0, min(nodes, int((max_depth - 1) * factor + offset + 1e-6)))
+        return np.empty((3, most + 1), np.int64), np.empty(most + 1, np.float32)
+
+    @classmethod
+    def read(cls, found: np.ndarray, paths: np.ndarray, size: int, score: float, match: int) -> Draft:
+        """What the kernel wrote."""
+        return cls(found[0, :size], found[1, :size], paths[:size], found[2, :size], score, match)
+
+
+_NONE = np.zeros(0, np.int64)
+NO_DRAFT = Draft(_NONE, _NONE, _NONE.astype(np.float32), _NONE, 0.0, 0)
+
 
 class SuffixTree:
     """The counts of all n-grams of some sequences, up to ``max_depth`` tokens, in time and memory linear in the tokens.
 
-    Sequences are appended one after the other, the newest token by token. Where ``max_bytes`` would be exceeded, the
-    oldest tokens are forgotten, exactly: all counts are then as if the sequences had begun later. A token takes about
-    50 to 150 bytes. Not safe to be used by several threads at once.
+    Sequences are appended one after the other, the newest token by token; the oldest can be forgotten, exactly: all
+    counts are then as if it had never been. A token takes about 50 to 150 bytes. Not safe to be used by several threads
+    at once.
 
     Args:
         max_depth: longest n-gram.
         max_bytes: memory to use at most, None for any.
 
     Attributes:
-        sequences: how many ended sequences are in the tree, a partly forgotten one among them.
+        sequences: how many ended sequences are in the tree.
+        block: all of it, int32.
 
     Raises:
-        ValueError: max_depth below 2, or less than 1024 bytes per level.
+        ValueError: max_depth below 2, or less than 512 bytes per level.
     """
 
     def __init__(self, max_depth: int = 64, max_bytes: int | None = None):
         if max_depth < 2:
             raise ValueError(f"max_depth must be at least 2, a token of match and one of guess, got {max_depth}")
-        if max_bytes is not None and max_bytes < 1024 * max_depth:
-            raise ValueError(f"max_bytes must be at least 1024 * max_depth = {1024 * max_depth}, got {max_bytes}")
-        self.max_depth, self.sequences = max_depth, 0
-        # Text that repeats itself has more tokens than nodes, hence an eighth for the tokens.
-        self._most_tokens = LARGEST if max_bytes is None else max_bytes // 8 // 4
-        self._most_nodes = LARGEST if max_bytes is None else (max_bytes - max_bytes // 8) // NODE_BYTES
-        nodes = min(4 * max_depth, self._most_nodes)
-        self.arrays = Arrays(
-            nodes=np.zeros((nodes, COLUMNS), np.int32),
-            runs=np.zeros((nodes, 2), np.int32),
-            table=np.zeros(2 * nodes, np.int32),
-            tokens=np.full(min(4 * max_depth, self._most_tokens), END, np.int32),
-            active=np.zeros(max_depth + 1, np.int32),
-            state=np.zeros(9, np.int64),
-        )
-        self.arrays.state[[LIVE, NODES, RUNS]] = 1  # the root, and no run 0
+        if max_bytes is not None and max_bytes < 512 * max_depth:
+            raise ValueError(f"max_bytes must be at least 512 * max_depth = {512 * max_depth}, got {max_bytes}")
+        self.max_depth, self.sequences, self._max_bytes = max_depth, 0, max_bytes
+        self.block = self._empty(4 * max_depth, 4 * max_depth, 4 * max_depth)
+        self.block[[LIVE, NODES, RUNS]] = 1  # the root, and no run 0
 
-    def extend(self, tokens: Int[np.ndarray, " new"]) -> None:
-        """Append tokens, from 0 to 2**31 - 1, to the newest sequence."""
+    def extend(self, tokens: Int[np.ndarray, " new"]) -> int:
+        """Append tokens, from 0 to 2**31 - 1, to the newest sequence; how many there was room for: all, if any."""
         tokens = tokens.astype(np.int32)  # one type for the kernels
-        done = suffix_tree_numba.extend(self.arrays, tokens)
-        while done < len(tokens):
-            self._make_room(len(tokens) - done)
-            done += suffix_tree_numba.extend(self.arrays, tokens[done:])
+        done = int(suffix_tree_numba.extend(self.block, tokens))
+        while done < len(tokens) and self._grow(len(tokens) - done):
+            done += suffix_tree_numba.extend(self.block, tokens[done:])
+        return done
 
     def end(self) -> None:
         """End the newest sequence, if it has tokens; the next token begins another."""
         if self.growing:
-            self.arrays.state[SIZE] += 1  # what stands there is END
-            self.arrays.state[[GROWING, MATCHED]] = 0
+            self.block[SIZE] += 1  # what stands there is END
+            self.block[[GROWING, MATCHED]] = 0
             self.sequences += 1
 
     def forget(self) -> None:
         """Forget the oldest of the ended sequences, if there is one."""
         if self.sequences:
-            oldest = self.arrays.state[OLDEST]
-            self._forget(oldest + int(np.argmax(self.arrays.tokens[oldest:] == END)) + 1)
+            oldest = int(self.block[OLDEST])
+            stop = oldest + int(np.argmax(self.arrays.tokens[oldest:] == END)) + 1
+            self.sequences -= suffix_tree_numba.forget(self.block, stop)
 
     def draft(
         self,
@@ -137,37 +142,11 @@ class SuffixTree:
             newest: how many of the context's last tokens are this tree's newest sequence, the whole of it; 0 for none.
                 That makes it quicker, and changes nothing.
         """
-        own, last = own or SuffixTree(self.max_depth), context[-self.max_depth :].astype(np.int32)
-        limits = nodes, depth, width, float(factor), float(offset), float(min_probability)
-        return Draft(*suffix_draft_numba.draft(own.arrays, self.arrays, last, newest, *limits))
-
-    def advance(
-        self,
-        own: SuffixTree,
-        acceptance: Acceptance,
-        tokens: Int[np.ndarray, " length"],
-        said: int,
-        newest: bool,
-        limits: tuple[int, int, int, float, float, float],
-    ) -> Draft:
-        """What is new of a text entered in its ``own`` tree, and a draft of both trees, in one call of a kernel.
-
-        Args:
-            acceptance: how often guesses of each kind come true, which the draft's probabilities then are.
-            tokens: the text; as many of them as the own tree has are not new.
-            said: how many of the last tokens to enter here.
-            newest: whether the newest sequence here is then the text's end; else ``said`` is 0.
-            limits: nodes, depth, width, factor, offset and min_probability, as for ``draft``.
-        """
-        new = len(tokens) - own.growing
-        tail = tokens[-max(new, said, self.max_depth) :].astype(np.int32)
-        trees, counts = (tuple(own.arrays), tuple(self.arrays)), (acceptance.accepted, acceptance.offered)
-        *drafted, new, said = suffix_draft_numba.advance(*trees, *counts, tail, new, said, newest, *limits)
-        if new == said == 0:
-            return Draft(*drafted)
-        own.extend(tail[len(tail) - new :])  # there was no room
-        self.extend(tail[len(tail) - said :])
-        return self.advance(own, acceptance, tokens, 0, newest, limits)
+        nothing = SuffixTree(self.max_depth)
+        own, last = own or nothing, context[-self.max_depth :].astype(np.int32)
+        trees, room = (own.arrays, self.arrays, nothing.arrays), Draft.room(nodes, self.max_depth, factor, offset)
+        limits = depth, width, float(factor), float(offset), float(min_probability)
+        return Draft.read(*room, *suffix_draft_numba.draft(*trees, last, newest, *room, *limits))
 
     def count(self, pattern: Int[np.ndarray, " n"]) -> int:
         """How often a pattern of 1 to ``max_depth`` tokens occurs."""
@@ -195,67 +174,45 @@ class SuffixTree:
     @property
     def growing(self) -> int:
         """How many tokens the newest sequence has been given, 0 once it has ended."""
-        return int(self.arrays.state[GROWING])
+        return int(self.block[GROWING])
 
     @property
     def tokens(self) -> Int[np.ndarray, " length"]:
         """A copy of all sequences that are not forgotten, oldest first, -1 behind each that has ended."""
-        state = self.arrays.state
-        return self.arrays.tokens[state[OLDEST] : state[SIZE]].copy()
+        return self.arrays.tokens[self.block[OLDEST] : self.block[SIZE]].copy()
+
+    @property
+    def arrays(self) -> Arrays:
+        """The parts of the block; views, until it grows."""
+        return cast(Arrays, suffix_tree_numba.unpack(self.block))
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes held, free or not."""
+        return self.block.nbytes
 
     def _find(self, pattern: Int[np.ndarray, " n"]) -> tuple[int, int]:
         arrays = self.arrays
         return cast(tuple[int, int], suffix_tree_numba.find(arrays.nodes, arrays.table, arrays.tokens, pattern))
 
-    def _forget(self, stop: int) -> None:
-        self.sequences -= suffix_tree_numba.forget(self.arrays, stop)
+    def _grow(self, new: int) -> bool:
+        """Make what is full larger by half, or enough for ``new`` tokens, or as memory allows; whether it does."""
+        rooms, full = self.block[[NODE_ROOM, RUN_ROOM, TOKEN_ROOM]].tolist(), suffix_tree_numba.is_full(self.block)
+        if self.block[OLDEST] > rooms[2] // 4:
+            full = *full[:2], False  # moving alone makes room in the store
+        least = new if self._max_bytes is None else 0
+        for part in (2, 4, 8, 16):
+            more = [room + max(room // part, least) if each else room for room, each in zip(rooms, full, strict=True)]
+            if self._max_bytes is None or 4 * suffix_tree_numba.size(self.max_depth, *more) <= self._max_bytes:
+                block = self._empty(*more)
+                suffix_tree_numba.move(self.block, block)
+                self.block = block
+                return True
+        return False
 
-    def _make_room(self, new: int) -> None:
-        """Grow what is full by half, or for ``new`` tokens, or forget where it may not grow."""
-        nodes, tokens, state = self.arrays.nodes, self.arrays.tokens, self.arrays.state
-        if state[LIVE] + self.max_depth + 2 > len(nodes):
-            if len(nodes) < self._most_nodes:
-                self._grow_nodes(min(max(len(nodes) * 3 // 2, len(nodes) + new), self._most_nodes))
-            else:
-                self._forget_some()
-        if state[SIZE] + 2 > len(tokens):
-            if state[OLDEST] < len(tokens) // 4 and len(tokens) < self._most_tokens:
-                self._move_tokens(min(max(len(tokens) * 3 // 2, len(tokens) + new), self._most_tokens))
-            else:
-                while state[OLDEST] < len(tokens) // 4:
-                    self._forget_some()
-                self._move_tokens(len(tokens))
-
-    def _forget_some(self) -> None:
-        """Forget a sixteenth of the tokens, the oldest, but nothing that still grows."""
-        oldest, size = self.arrays.state[[OLDEST, SIZE]].tolist()
-        self._forget(min(oldest + min(max((size - oldest) // 16, 1), STEP), size - self.max_depth))
-
-    def _grow_nodes(self, capacity: int) -> None:
-        if len(self.arrays.nodes) == LARGEST:
+    def _empty(self, nodes: int, runs: int, tokens: int) -> Int[np.ndarray, " size"]:
+        if max(nodes, tokens) > LARGEST:
             raise MemoryError("a suffix tree has 2**31 nodes at most: set max_bytes")
-        table = np.zeros(2 * capacity, np.int32)
-        suffix_tree_numba.rehash(self.arrays, table)
-        nodes, runs = _longer(self.arrays.nodes, capacity), _longer(self.arrays.runs, capacity)
-        self.arrays = self.arrays._replace(nodes=nodes, runs=runs, table=table)
-
-    def _move_tokens(self, capacity: int) -> None:
-        """Give the store this capacity, what is in the tree at its beginning."""
-        nodes, old, state = self.arrays.nodes, self.arrays.tokens, self.arrays.state
-        oldest, size = state[[OLDEST, SIZE]].tolist()
-        tokens = np.full(capacity, END, np.int32)
-        tokens[: size - oldest] = old[oldest:size]
-        nodes[ROOT + 1 : state[NODES], START] -= oldest
-        state[[OLDEST, SIZE]] = 0, size - oldest
-        self.arrays = self.arrays._replace(tokens=tokens)
-
-
-def _longer(array: np.ndarray, capacity: int) -> np.ndarray:
-    grown = np.zeros((capacity, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
+        block = np.zeros(suffix_tree_numba.size(self.max_depth, nodes, runs, tokens), np.int32)
+        block[[MAX_DEPTH, NODE_ROOM, RUN_ROOM, TOKEN_ROOM]] = self.max_depth, nodes, runs, tokens
+        return block

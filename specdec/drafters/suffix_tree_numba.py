@@ -8,6 +8,9 @@ for labels that refer to them: once their suffixes are forgotten, whatever is le
 A suffix that is alone from some depth on is a leaf there. Its label goes on to ``max_depth`` whatever is appended, so
 leaves are not touched again; where the sequence ended before, the label runs into ``END``. A suffix that is not alone
 ends at a node of its own, and each token appended moves it on: these are ``active``, by length.
+
+A tree is one block of int32, for a call of a kernel takes 0.2 us per array: the state, the active nodes, and the rest
+of what ``Arrays`` names, which is where the kernels see it.
 """
 
 from __future__ import annotations
@@ -27,22 +30,27 @@ COUNT, PARENT, TOKEN, START, LENGTH, HEAD, TAIL, PREVIOUS, NEXT, RUN = range(10)
 COLUMNS = 10
 # A run's columns. A free run's first is the next free one; so is a free node's next.
 FIRST, LAST = 0, 1
+# A slot's columns. The mark is 31 bits that parent and first token are scattered to: where it differs, so does the key.
+CHILD, MARK = 0, 1
+SLOTS = 2  # per node
 # Entries of the state: nodes in use and ever used, free lists, the store's first and last token, how many tokens the
-# newest sequence has, and its longest match.
+# newest sequence has, and its longest match; then what there is room for.
 LIVE, NODES, FREE_NODE, RUNS, FREE_RUN, OLDEST, SIZE, GROWING, MATCHED = range(9)
+MAX_DEPTH, NODE_ROOM, RUN_ROOM, TOKEN_ROOM = range(9, 13)
+STATE = 13
 
 
 class Arrays(NamedTuple):
-    """A suffix tree.
+    """A suffix tree; all int32.
 
     Attributes:
-        nodes: int32 [nodes, COLUMNS].
-        runs: int32 [nodes, 2], the first and the last sibling of each run.
-        table: int32 [2 * nodes], children by parent and first token, by open addressing. An only child is neither here
+        nodes: [nodes, COLUMNS].
+        runs: [runs, 2], the first and the last sibling of each run.
+        table: [SLOTS * nodes, 2], children by parent and first token, by open addressing. An only child is neither here
             nor in a run.
-        tokens: int32, the token store; ``tokens[state[OLDEST] : state[SIZE]]`` is in the tree, and END follows.
-        active: int32 [max_depth + 1], the node where the last n tokens end, for n up to ``state[MATCHED]``.
-        state: int64 [9].
+        tokens: the token store; ``tokens[state[OLDEST] : state[SIZE]]`` is in the tree, and END follows.
+        active: [max_depth + 1], the node where the last n tokens end, for n up to ``state[MATCHED]``.
+        state: [STATE].
     """
 
     nodes: np.ndarray
@@ -53,14 +61,50 @@ class Arrays(NamedTuple):
     state: np.ndarray
 
 
+def size(max_depth: int, nodes: int, runs: int, tokens: int) -> int:
+    """How many int32 a tree takes that has room for so much."""
+    return STATE + max_depth + 1 + (COLUMNS + 2 * SLOTS) * nodes + 2 * runs + tokens
+
+
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def extend(tree: Arrays, new: np.ndarray) -> int:
+def unpack(block: np.ndarray) -> Arrays:
+    """The parts of a tree."""
+    nodes, runs = np.int64(block[NODE_ROOM]), np.int64(block[RUN_ROOM])
+    a = STATE + block[MAX_DEPTH] + 1
+    b = a + COLUMNS * nodes
+    c = b + 2 * runs
+    d = c + 2 * SLOTS * nodes
+    return Arrays(
+        block[a:b].reshape((nodes, COLUMNS)),
+        block[b:c].reshape((runs, 2)),
+        block[c:d].reshape((SLOTS * nodes, 2)),
+        block[d:],
+        block[STATE:a],
+        block[:STATE],
+    )
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def is_full(state: np.ndarray) -> tuple[bool, bool, bool]:
+    """Whether there may be no room for one more token's nodes, runs, or itself."""
+    depth = state[MAX_DEPTH]
+    return (
+        state[LIVE] + depth + 2 > state[NODE_ROOM],
+        state[RUNS] + 2 * depth + 2 > state[RUN_ROOM],
+        state[SIZE] + 2 > state[TOKEN_ROOM],
+    )
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def extend(block: np.ndarray, new: np.ndarray) -> int:
     """Append tokens to the newest sequence; how many there was room for."""
+    tree = unpack(block)
     active, state = tree.active, tree.state
     max_depth = len(active) - 1
     for i, token in enumerate(new):
         at = state[SIZE]
-        if state[LIVE] + max_depth + 2 > len(tree.nodes) or at + 2 > len(tree.tokens):
+        nodes_full, runs_full, store_full = is_full(state)
+        if nodes_full or runs_full or store_full:
             return i
         tree.tokens[at], tree.tokens[at + 1] = token, END
         state[SIZE] = at + 1
@@ -75,12 +119,12 @@ def extend(tree: Arrays, new: np.ndarray) -> int:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def forget(tree: Arrays, stop: int) -> int:
+def forget(block: np.ndarray, stop: int) -> int:
     """Take out the suffixes that start before ``stop`` in the store; how many sequences this ends.
 
     Of a sequence that still grows the last ``max_depth`` suffixes must stay.
     """
-    ended = 0
+    tree, ended = unpack(block), 0
     for start in range(tree.state[OLDEST], stop):
         if tree.tokens[start] == END:
             ended += 1
@@ -91,14 +135,28 @@ def forget(tree: Arrays, stop: int) -> int:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def rehash(tree: Arrays, table: np.ndarray) -> None:
-    """Enter every child of the tree's table in a larger, empty one."""
-    for child in tree.table:
-        if child != NONE:
-            slot = _home(tree.nodes, child, len(table))
-            while table[slot] != NONE:
-                slot = slot + 1 if slot + 1 < len(table) else 0
-            table[slot] = child
+def move(block: np.ndarray, larger: np.ndarray) -> None:
+    """Copy a tree to where there is more room, what is left of the store to its beginning.
+
+    A mark's place in a table grows with the mark, so both tables are passed from one end to the other.
+    """
+    old, new = unpack(block), unpack(larger)
+    oldest, end = old.state[OLDEST], old.state[SIZE]
+    new.state[:MAX_DEPTH] = old.state[:MAX_DEPTH]
+    new.state[OLDEST], new.state[SIZE] = 0, end - oldest
+    used = old.state[NODES]
+    new.nodes[:used] = old.nodes[:used]
+    new.nodes[ROOT + 1 : used, START] -= oldest
+    new.runs[: old.state[RUNS]] = old.runs[: old.state[RUNS]]
+    new.active[:] = old.active
+    kept = old.tokens[oldest : end + 1]
+    new.tokens[: len(kept)] = kept
+    for i in range(len(old.table)):
+        if old.table[i, CHILD] != NONE:
+            slot = old.table[i, MARK] * len(new.table) >> 31
+            while new.table[slot, CHILD] != NONE:
+                slot = slot + 1 if slot + 1 < len(new.table) else 0
+            new.table[slot, CHILD], new.table[slot, MARK] = old.table[i, CHILD], old.table[i, MARK]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -194,7 +252,7 @@ def _replace(tree: Arrays, old: int, new: int) -> None:
     nodes = tree.nodes
     parent, previous, following = nodes[old, PARENT], nodes[old, PREVIOUS], nodes[old, NEXT]
     if previous != NONE or following != NONE:
-        tree.table[_slot(tree.nodes, tree.table, parent, nodes[old, TOKEN])] = new
+        tree.table[_slot(tree.nodes, tree.table, parent, nodes[old, TOKEN]), CHILD] = new
         for end in (FIRST, LAST):
             if tree.runs[nodes[old, RUN], end] == old:
                 tree.runs[nodes[old, RUN], end] = new
@@ -215,9 +273,9 @@ def _add_leaf(tree: Arrays, parent: int, at: int, length: int) -> None:
         _link(nodes, parent, leaf, NONE)
         return
     if only == nodes[parent, TAIL]:
-        tree.table[_slot(tree.nodes, tree.table, parent, nodes[only, TOKEN])] = only
+        _enter(tree, only)
         nodes[only, RUN] = _new_run(tree, only)
-    tree.table[_slot(tree.nodes, tree.table, parent, nodes[leaf, TOKEN])] = leaf
+    _enter(tree, leaf)
     _place(tree, leaf, NONE)
 
 
@@ -350,43 +408,51 @@ def _child(nodes: np.ndarray, table: np.ndarray, parent: int, token: int) -> Ind
         return head
     if nodes[head, NEXT] == NONE:
         return NONE
-    return table[_slot(nodes, table, parent, token)]
+    return table[_slot(nodes, table, parent, token), CHILD]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _slot(nodes: np.ndarray, table: np.ndarray, parent: int, token: int) -> Index:
     """The slot of a child, or the empty one where it belongs."""
-    slot = _spread(parent, token, len(table))
-    while table[slot] != NONE and (nodes[table[slot], PARENT] != parent or nodes[table[slot], TOKEN] != token):
+    mark = _mark(parent, token)
+    slot = mark * len(table) >> 31
+    while True:
+        child = table[slot, CHILD]
+        if child == NONE or (
+            table[slot, MARK] == mark and nodes[child, PARENT] == parent and nodes[child, TOKEN] == token
+        ):
+            return slot
         slot = slot + 1 if slot + 1 < len(table) else 0
-    return slot
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _enter(tree: Arrays, child: int) -> None:
+    """Put a child into the table."""
+    parent, token = tree.nodes[child, PARENT], tree.nodes[child, TOKEN]
+    slot = _slot(tree.nodes, tree.table, parent, token)
+    tree.table[slot, CHILD], tree.table[slot, MARK] = child, _mark(parent, token)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _clear(tree: Arrays, slot: int) -> None:
     """Empty a slot, and move up what was pushed behind it."""
     table = tree.table
-    size, other = len(table), slot
+    slots, other = len(table), slot
     while True:
-        other = other + 1 if other + 1 < size else 0
-        if table[other] == NONE:
+        other = other + 1 if other + 1 < slots else 0
+        if table[other, CHILD] == NONE:
             break
-        home = _home(tree.nodes, table[other], size)
-        if (other - home) % size >= (other - slot) % size:
-            table[slot] = table[other]
+        home = table[other, MARK] * slots >> 31
+        if (other - home) % slots >= (other - slot) % slots:
+            table[slot, CHILD], table[slot, MARK] = table[other, CHILD], table[other, MARK]
             slot = other
-    table[slot] = NONE
+    table[slot, CHILD] = NONE
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _home(nodes: np.ndarray, child: int, slots: int) -> Index:
-    return _spread(nodes[child, PARENT], nodes[child, TOKEN], slots)
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _spread(parent: int, token: int, slots: int) -> Index:
+def _mark(parent: int, token: int) -> Index:
     h = (np.int64(parent) << 32) ^ np.int64(token)
     h *= -7046029254386353131  # 2**64 / golden ratio, as int64
     h ^= h >> 29
     h *= -4658895280553007687  # a multiplier of splitmix64
-    return (((h >> 30) & 0x7FFFFFFF) * slots) >> 31
+    return (h >> 30) & 0x7FFFFFFF

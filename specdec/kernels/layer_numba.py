@@ -58,11 +58,6 @@ def after_cache(
     batch, groups, slots, dim = shape
     heads, nodes = q.shape[1] // dim, len(x) // batch
     seen = np.empty((len(x), heads * dim), np.float32)
-    middle, gate, up = (
-        np.empty_like(x),
-        np.empty((len(x), len(wg)), np.float32),
-        np.empty((len(x), len(wu)), np.float32),
-    )
     plain = _plain_columns(mask, slots)
     for task in prange(batch * heads):
         b, head = task // heads, task % heads
@@ -76,6 +71,66 @@ def after_cache(
             _softmax(scores[n], mask, b, n, plain, scale)
         seen_at = seen.ctypes.data + 4 * (b * nodes * heads + head) * dim
         _weighted(scores, values.ctypes.data + 4 * v, value_strides[2], seen_at, heads * dim, dim)
+    after_attention(x, seen, wo, bo, norm, eps, wg, wu, wd, bg, bu, bd, y, threads)
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def shared_attention(
+    q: Any, shared_keys: Any, shared_key_strides: Any, shared_values: Any, shared_value_strides: Any, prefix: int,
+    keys: Any, key_strides: Any, values: Any, value_strides: Any, shape: Any, mask: Any, scale: float, seen: Any,
+) -> None:  # fmt: skip
+    """What all heads read of ``prefix`` slots that all batch rows share, and of their own: to ``seen``, shaped as q.
+
+    Args:
+        shared_keys, shared_values: of one batch row, otherwise as keys and values.
+        keys, key_strides, values, value_strides, shape, mask: see ``after_cache``.
+    """
+    batch, groups, slots, dim = shape
+    heads, rows, nodes = q.shape[1] // dim, len(q), len(q) // batch
+    plain, none = _plain_columns(mask, slots), np.empty((0, 0, 0), np.bool_)
+    for head in prange(heads):
+        group, wide = head // (heads // groups), heads * dim
+        at, seen_at = q.ctypes.data + 4 * head * dim, seen.ctypes.data + 4 * head * dim
+        k, v = group * shared_key_strides[1], group * shared_value_strides[1]
+        scores, logs = np.empty((rows, prefix), np.float32), np.empty(rows, np.float32)
+        product(
+            shared_keys.ctypes.data + 4 * k, shared_key_strides[2], at, wide, scores.ctypes.data, prefix, rows, dim,
+            prefix,
+        )  # fmt: skip
+        for n in range(rows):
+            logs[n] = _softmax(scores[n], none, 0, 0, prefix, scale)
+        _weighted(scores, shared_values.ctypes.data + 4 * v, shared_value_strides[2], seen_at, wide, dim)
+        own, read = np.empty((nodes, slots), np.float32), np.empty((nodes, dim), np.float32)
+        for b in range(batch):
+            k, v = b * key_strides[0] + group * key_strides[1], b * value_strides[0] + group * value_strides[1]
+            first = at + 4 * b * nodes * wide
+            product(keys.ctypes.data + 4 * k, key_strides[2], first, wide, own.ctypes.data, slots, nodes, dim, slots)
+            for n in range(nodes):
+                logs[b * nodes + n] -= _softmax(own[n], mask, b, n, plain, scale)
+            _weighted(own, values.ctypes.data + 4 * v, value_strides[2], read.ctypes.data, dim, dim)
+            for n in range(nodes):
+                _merge(seen[b * nodes + n][head * dim : (head + 1) * dim], read[n], logs[b * nodes + n])
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+def _merge(seen: Any, read: Any, more: Any) -> None:
+    """Two parts as one, in place of the first, whose logarithm of its sum of weights is larger by ``more``."""
+    share = np.float32(1) / (np.float32(1) + exp(-more))
+    for i in range(len(seen)):
+        seen[i] = seen[i] * share + read[i] * (np.float32(1) - share)
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def after_attention(
+    x: Any, seen: Any, wo: Any, bo: Any, norm: Any, eps: float, wg: Any, wu: Any, wd: Any, bg: Any, bu: Any, bd: Any,
+    y: Any, threads: int,
+) -> None:  # fmt: skip
+    """The rest of the layer from what its heads have ``seen`` [rows, heads * dim]."""
+    middle, gate, up = (
+        np.empty_like(x),
+        np.empty((len(x), len(wg)), np.float32),
+        np.empty((len(x), len(wu)), np.float32),
+    )
     for t in prange(threads):
         first, last = len(wo) * t // threads, len(wo) * (t + 1) // threads
         outputs_of(seen, wo, middle, first, last)
@@ -145,8 +200,8 @@ def _plain_columns(mask: Any, slots: int) -> int:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
-def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> None:
-    """Scores to weights, in place; hidden slots weigh nothing."""
+def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> Any:
+    """Scores to weights, in place; hidden slots weigh nothing. Returns the log of the sum of exponentials."""
     for s in range(plain, len(row)):
         if not mask[b, n, s]:
             row[s] = -np.inf
@@ -155,13 +210,14 @@ def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> N
         top = max(top, row[s])
     if top == -np.inf:  # padding may look at nothing, and gets nothing
         row[:] = 0
-        return
+        return np.float32(-np.inf)
     total = np.float32(0)
     for s in range(len(row)):
         row[s] = exp(np.float32(scale) * (row[s] - top))
         total += row[s]
     for s in range(len(row)):
         row[s] /= total
+    return np.float32(scale) * top + np.float32(np.log(total))
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

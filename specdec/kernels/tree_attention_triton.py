@@ -204,33 +204,97 @@ def tree_attention(
     Args:
         splits: of the prefix; None for as many as fill the device twice.
     """
+    parts, logs = tree_parts(q, k, v, ancestors, lengths, starts, scale, softcap, splits)
+    return merged(parts, logs, sinks, q.dtype)
+
+
+def tree_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    scale: float,
+    softcap: float | None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What each node reads of its row's prefix and, as the last part, of the tree."""
+    longest = k.shape[2] - q.shape[2]
+    parts, logs = prefix_parts(q, k, v, lengths, starts, longest, scale, softcap, splits, spare=1)
+    _write_tree(q, k, v, ancestors, lengths, parts, logs, scale, softcap)
+    return parts, logs
+
+
+def prefix_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    softcap: float | None,
+    splits: int | None = None,
+    spare: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What each node reads of its row's prefix, of at most ``longest`` slots, in parts, and ``spare`` ones to fill."""
+    rows, heads, nodes, dim = q.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    how = _how(q, group, softcap)
+    count = triton.cdiv(group * nodes, how["TILE"])
+    if splits is None:
+        _, processors = _machine(q.device)
+        splits = max(1, min(2 * processors // (count * rows * kv_heads), triton.cdiv(longest, LEAST_SPLIT)))
+    parts = q.new_empty(splits + spare, rows, heads, nodes, dim, dtype=torch.float32)
+    logs = q.new_empty(splits + spare, rows, heads, nodes, dtype=torch.float32)
+    prefix_kernel[(splits, count, rows * kv_heads)](
+        q, k, v, lengths, starts, parts, logs, scale, heads, group, nodes, dim, triton.cdiv(longest, splits),
+        *lengths.stride(), *starts.stride(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **how,
+    )  # fmt: skip
+    return parts, logs
+
+
+def _write_tree(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    parts: Tensor,
+    logs: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """What each node reads of the tree, as the last of ``parts``."""
     rows, heads, nodes, dim = q.shape
     q, k, v, ancestors = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ancestors))
-    kv_heads, slots, group = k.shape[1], k.shape[2], heads // k.shape[1]
-    architecture, processors = _machine(q.device)
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    how = _how(q, group, softcap)
+    tree_kernel[(triton.cdiv(group * nodes, how["TILE"]), rows * kv_heads)](
+        q, k, v, ancestors, lengths, parts, logs, scale, heads, group, nodes, dim, len(parts) - 1,
+        *lengths.stride(), *ancestors.stride()[:2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **how,
+    )  # fmt: skip
+
+
+def _how(q: Tensor, group: int, softcap: float | None) -> dict[str, Any]:
+    """Constants and options of both kernels."""
+    nodes, dim = q.shape[2:]
+    architecture, _ = _machine(q.device)
     size = tiles(architecture, q.element_size(), dim)
     tile = min(size.rows, max(16, triton.next_power_of_2(group * nodes)))
-    count = triton.cdiv(group * nodes, tile)
-    if splits is None:
-        splits = max(1, min(2 * processors // (count * rows * kv_heads), triton.cdiv(slots - nodes, LEAST_SPLIT)))
-    parts = q.new_empty(splits + 1, rows, heads, nodes, dim, dtype=torch.float32)
-    logs = q.new_empty(splits + 1, rows, heads, nodes, dtype=torch.float32)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     wide = max(16, triton.next_power_of_2(dim))
     how = {"SOFTCAP": softcap or 0.0, "TILE": tile, "SLOTS": size.slots, "DIM": wide}
-    how |= {"num_warps": size.warps, "num_stages": size.stages}
-    share = triton.cdiv(slots - nodes, splits)
-    prefix_kernel[(splits, count, rows * kv_heads)](
-        q, k, v, lengths, starts, parts, logs, scale, heads, group, nodes, dim, share,
-        *lengths.stride(), *starts.stride(), *strides, **how,
-    )  # fmt: skip
-    tree_kernel[(count, rows * kv_heads)](
-        q, k, v, ancestors, lengths, parts, logs, scale, heads, group, nodes, dim, splits,
-        *lengths.stride(), *ancestors.stride()[:2], *strides, **how,
-    )  # fmt: skip
-    out = q.new_empty(rows, nodes, heads, dim)
+    return how | {"num_warps": size.warps, "num_stages": size.stages}
+
+
+def merged(parts: Tensor, logs: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Parts as one result [rows, heads, nodes, dim], which lies in memory as [rows, nodes, heads, dim]."""
+    count, rows, heads, nodes, dim = parts.shape
+    out = parts.new_empty(rows, nodes, heads, dim, dtype=dtype)
     merge_kernel[(rows * heads * nodes,)](
-        parts, logs, sinks, out, heads, nodes, dim, splits + 1,
-        PARTS=triton.next_power_of_2(splits + 1), FEW=8, DIM=wide, num_warps=1,
+        parts, logs, sinks, out, heads, nodes, dim, count,
+        PARTS=triton.next_power_of_2(count), FEW=8, DIM=max(16, triton.next_power_of_2(dim)), num_warps=1,
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -28,8 +28,8 @@ class ThresholdPolicy:
             time of drafting; else they draft to the end, and only verifying is saved.
         longest: guesses on one path at most.
         width, nodes: children of one node, and nodes, at most.
-        lag: further guesses after the one at which to stop: 1 for a head that judges a guess only once the next has
-            been drawn, as in the authors' code.
+        lag: further guesses after the one at which to stop: 1 for a drafter with an acceptance head, which judges a
+            guess once it has been read, when the next has come with the same pass; as in the authors' code.
 
     Raises:
         ValueError: a threshold or bounds out of order.
@@ -50,7 +50,7 @@ class ThresholdPolicy:
                 f"nodes={nodes}, lag={lag}): give a threshold from 0 to 1, shortest <= longest, and at least one node"
             )
         self.threshold, self.shortest, self.lag = threshold, shortest, lag
-        least = 0.0 if shortest or lag else 1 - threshold
+        least = 0.0 if shortest or lag > 1 else 1 - threshold
         self.largest = Budget(nodes, longest, width, least)
 
     def budget(self, contexts: Sequence[Context]) -> list[Budget]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specdec import trees as shapes
-from specdec.allowance import Allowance, Typical
+from specdec.allowance import FIRST, Allowance, Typical
 from specdec.calibration import Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, DraftTree
 from specdec.costs import Costs
@@ -19,7 +19,12 @@ CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are b
 REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
-USUAL = 3e-4  # seconds of a call that drafts, until some have been timed
+USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
+COUNTS = (
+    0.02,
+    0.08,
+    0.32,
+)  # of long first calls, which may have compiled something: to be paid off in 4, 16, 64 times it
 
 
 class Text:
@@ -31,10 +36,10 @@ class Text:
         resting: whether the allowance is being saved up.
     """
 
-    def __init__(self, rows: int, usual: Acceptance) -> None:
+    def __init__(self, rows: int, usual: Acceptance, left: float = FIRST) -> None:
         self.rows, self.resting = rows, False
         self.acceptance = Acceptance(CAUTION * usual.rate, WEIGHT, REMEMBERED)
-        self.allowance = Allowance()
+        self.allowance = Allowance(left)
 
 
 @dataclass(slots=True)
@@ -66,7 +71,8 @@ class ThroughputPolicy:
     T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
     in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
     ``Allowance`` for each text, in plain steps: at worst 1.5 of them and 0.5% of the time are lost on it. Where no tree
-    can be afforded, drafters are only told to catch up until one can, which is what pays for trying again.
+    can be afforded, drafters are only told to catch up until one can, which is what pays for trying again. A call that
+    takes longer than all this is not made again before it has been paid off, by later texts if need be.
 
     The rule is the one behind SpecDec++'s threshold (arXiv 2405.19715) and Sequoia's hardware-aware tree
     (arXiv 2402.12374), with estimates made on line. Threads may share one: what is lost to a race does no harm.
@@ -89,14 +95,18 @@ class ThroughputPolicy:
         self.largest, self.clock = Budget(nodes, depth, width), clock
         self.acceptance = Acceptance(believed(), WEIGHT)
         self.drafting = Typical(USUAL)
+        self.left = FIRST
 
     def budget(self, contexts: Sequence[Context]) -> list[Budget]:
         """The largest tree worth drafting, or nothing; the last verdicts are learnt from first."""
         if not contexts:
             return []
-        text = self._learn(contexts) or Text(len(contexts), self.acceptance)
-        longest = max(len(context.tokens) for context in contexts)
-        step = Step(text, longest, self.costs.times(1 + self.largest.nodes, longest, text.rows))
+        text, longest = self._learn(contexts), max(len(context.tokens) for context in contexts)
+        times = self.costs.times(1 + self.largest.nodes, longest, len(contexts) if text is None else text.rows)
+        if text is None:
+            dear = self.drafting.value > FIRST * times[0]
+            text = Text(len(contexts), self.acceptance, min(FIRST, self.left) if dear else FIRST)
+        step = Step(text, longest, times)
         for context in contexts:
             context.scratch[self] = step, None
         if self._rests(text, step.times):
@@ -128,9 +138,10 @@ class ThroughputPolicy:
         if step.started is None:
             step.nodes = 1
             return [tree.take(np.zeros(1, np.int64)) for tree in trees]
-        seconds = self.clock() - step.started
+        seconds, seen = self.clock() - step.started, self.drafting.seen
+        counts = COUNTS[seen] if seen < len(COUNTS) and seconds > step.times[0] else 1.0
         self.drafting.see(seconds)
-        step.drafting = min(seconds, self.drafting.value)
+        step.drafting = counts * min(seconds, self.drafting.value)
         kinds = [estimate_kinds(tree.parents, tree.probability) for tree in trees]
         paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
         for context, tree, kind in zip(contexts, trees, kinds, strict=True):
@@ -167,6 +178,7 @@ class ThroughputPolicy:
             self.costs.learn(step.nodes, step.context, step.text.rows, verdicts[0].seconds)
             spent = (step.drafting + step.times[step.nodes - 1]) / step.times[0]
             step.text.allowance.settle(spent, sum(len(verdict.tokens) for verdict in verdicts) / len(verdicts) - spent)
+            self.left = step.text.allowance.left
         for context, _, guess in known:
             if guess is not None:
                 length, tree, kinds = guess

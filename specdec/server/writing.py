@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from specdec.engine import TooLarge
-from specdec.feed import TokenFeed
 from specdec.pool import PoolFull, SessionPool
-from specdec.request import Request
+from specdec.pool.engine import TooLarge
+from specdec.pool.feed import TokenFeed
+from specdec.pool.request import Request
 from specdec.server.choice import Choice, Piece, Token
 from specdec.server.errors import ApiError
 from specdec.server.likelihoods import Likelihoods

@@ -2,5 +2,6 @@
 
 from specdec.verifiers.pathwise import PathwiseVerifier
 from specdec.verifiers.rejection import RejectionVerifier
+from specdec.verifiers.transfer import TransferVerifier
 
-__all__ = ["PathwiseVerifier", "RejectionVerifier"]
+__all__ = ["PathwiseVerifier", "RejectionVerifier", "TransferVerifier"]

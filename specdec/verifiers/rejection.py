@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -38,6 +38,8 @@ class RejectionVerifier(PathwiseVerifier):
         ValueError: an unknown rule; in ``verify``, for a tree that the rule cannot judge exactly ("auto" judges any).
     """
 
+    walking: Mapping[str, Callable[[DraftTree, Chance], Walk]] = WALKING
+
     def __init__(self, rule: Rule = "auto", chance: Chance | None = None) -> None:
         if rule not in get_args(Rule):
             raise ValueError(f"RejectionVerifier(rule={rule!r}): give one of {', '.join(get_args(Rule))}")
@@ -61,7 +63,7 @@ class RejectionVerifier(PathwiseVerifier):
             else replay(range(len(batch[row])), int(self.sampler.pad or 0))  # its tree is a chain of padding
             for row in group.rows
         }
-        asks = any(rule in WALKING for rule in rules.values()) or self.sampler.records
+        asks = any(rule in self.walking for rule in rules.values()) or self.sampler.records
         return self._follow(group, batch, logits, walks, asks)
 
     def _follow(
@@ -107,7 +109,7 @@ class RejectionVerifier(PathwiseVerifier):
         if not (chain or rule in ("traversal", tree.law)):
             kind = f"tree of several paths with law={tree.law!r}"
             raise ValueError(f"rule={rule!r} cannot judge a {kind}; rule='auto' judges any")
-        if rule in WALKING or self.sampler.foresees:
+        if rule in self.walking or self.sampler.foresees:
             return rule
         instead = "chain" if chain else str(tree.law)
         if self.rule != "auto":
@@ -119,8 +121,8 @@ class RejectionVerifier(PathwiseVerifier):
         if rule != "match":
             assert tree.q is not None, "a rule is chosen for trees that it can judge"
             tree = replace(tree, q=tree.q.to(device=group.ids.device, dtype=torch.float32))
-        if rule in WALKING:
-            return WALKING[rule](tree, self.chance)
+        if rule in self.walking:
+            return self.walking[rule](tree, self.chance)
 
         def law(node: int) -> Float[torch.Tensor, " vocab"]:
             path = tree.tokens[_path(tree, node)[1:]]

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from specdec import adapters
-from specdec.alone import run_alone
 from specdec.attach import Attachment
 from specdec.attached import attach_once
-from specdec.batch import Batch
 from specdec.cache import GROWTH
 from specdec.core import Budget, Context, Drafter, DraftTree, Policy, Unsupported, Verdict
 from specdec.decoder import Decoder
@@ -23,8 +21,10 @@ from specdec.guard import GuardedDrafter
 from specdec.model import Pass
 from specdec.policies import ThroughputPolicy
 from specdec.policies.throughput import Text
-from specdec.request import Request
-from specdec.row import Preparation, Prepared, Row
+from specdec.pool.alone import run_alone
+from specdec.pool.batch import Batch
+from specdec.pool.request import Request
+from specdec.pool.row import Preparation, Prepared, Row
 from specdec.speculate import Speculate
 from specdec.statistics import Stats
 

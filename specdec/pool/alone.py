@@ -9,7 +9,7 @@ import torch
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from specdec.generate import Generate
-from specdec.request import Request
+from specdec.pool.request import Request
 from specdec.statistics import Stats
 
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from specdec import cpu
 from specdec.core import Drafter, Policy
-from specdec.engine import Engine
-from specdec.feed import END, feed
 from specdec.memory import Memory
-from specdec.pooled import PooledSession
-from specdec.request import Request
-from specdec.row import Row
+from specdec.pool.engine import Engine
+from specdec.pool.feed import END, feed
+from specdec.pool.pooled import PooledSession
+from specdec.pool.request import Request
+from specdec.pool.row import Row
 from specdec.speculate import make_drafter
 from specdec.statistics import Stats
 
@@ -87,7 +87,8 @@ class SessionPool:
         self.outcomes = Counter[str]()
         self._open, self._waiting, self._closed = set[Future[Any]](), deque[Request](), False
         self._next: Row | None = None  # the first of those who wait, if it has been prepared and did not fit
-        self._worker: threading.Thread | None = None
+        self._worker: threading.Thread | None = None  # the last that was started
+        self._working = False  # whether it takes more requests
         self._changed = threading.Condition()
         reason = "" if cpu_kernels is False else cpu.install(module)
         if reason and cpu_kernels:
@@ -149,8 +150,9 @@ class SessionPool:
                 raise PoolFull(f"{self.max_waiting} requests wait for {self.max_rows} rows, and more may not")
             self._open.add(request)
             self._waiting.append(request)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="specdec pool")
+            if not self._working:
+                self._working = True
+                self._worker = threading.Thread(target=self._work, args=(self._worker,), name="specdec pool")
                 self._worker.start()
         return request
 
@@ -237,7 +239,7 @@ class SessionPool:
         """Wait until there are no requests. Raises TimeoutError after ``timeout`` seconds."""
         self.must_not_wait_inside()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._worker is None, timeout):
+            if not self._changed.wait_for(lambda: not self._working, timeout):
                 raise TimeoutError(f"{len(self._open)} requests are still to be answered after {timeout} seconds")
 
     def close(self, cancel: bool = False) -> None:
@@ -248,6 +250,8 @@ class SessionPool:
         for request in taken if cancel else ():
             request.cancel()
         self.drain()
+        if self._worker is not None:
+            self._worker.join()
 
     def __enter__(self) -> SessionPool:
         return self
@@ -267,8 +271,10 @@ class SessionPool:
             self._open.discard(request)
             self.outcomes[_outcome(request)] += 1
 
-    def _work(self) -> None:
-        """Answer requests until there are none."""
+    def _work(self, before: threading.Thread | None) -> None:
+        """Answer requests until there are none, once the worker before has put its things away."""
+        if before is not None:
+            before.join()
         try:
             with torch.no_grad():
                 while self._turn():
@@ -286,7 +292,7 @@ class SessionPool:
         with self._changed:
             if self.waiting or self.rows_in_use:
                 return True
-            self._worker = None
+            self._working = False
             self._changed.notify_all()
             return False
 
@@ -315,7 +321,7 @@ class SessionPool:
         with self._changed:
             left, self._waiting = [*self._waiting], deque()
             left += [self._next.request] if self._next is not None else []
-            self._worker = self._next = None
+            self._working, self._next = False, None
             self._changed.notify_all()
         self._engine.lose(error)
         for request in left:

@@ -15,13 +15,13 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attach import Attachment
-from specdec.batch import Batch
 from specdec.cache import SlotCache
 from specdec.core import Choice, Context, DraftTree, Unsupported, Verdict
 from specdec.guard import GuardedDrafter
 from specdec.limits import room, rotary_change
 from specdec.model import Model, Pass
-from specdec.request import Request
+from specdec.pool.batch import Batch
+from specdec.pool.request import Request
 from specdec.sampling import Group, Sampler
 from specdec.speculate import PROMPT_LOGITS_BYTES, PROMPT_LOGITS_ROWS, Speculate, check
 from specdec.statistics import Stats

@@ -1,0 +1,1 @@
+"""Drafters made for one target, from what that target writes."""
