@@ -34,7 +34,9 @@ def script(name):
 
 @pytest.fixture(scope="module")
 def figures():
-    return script("figures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # where the script finds its tables
+        return script("figures")
 
 
 @pytest.fixture
@@ -60,31 +62,31 @@ def written(model, monkeypatch, tmp_path):
 
 
 def test_the_readme_shows_what_was_measured(written, figures, tmp_path):
-    text = figures.figures(tmp_path)
+    text = figures.speeds.figures(tmp_path)
     row = next(line for line in text.splitlines() if line.startswith("| sql |"))
     assert "2.60x / 1.00" in row  # one prompt: no interval
     assert "2.30x (2.20-2.40) / 1.00" in text
     assert "tokens differ" in row
     assert "token 2 is 4, plain generate has 3" in text
     assert "2.5% of the pass's 10.0 ms" in text
-    assert "| workload | honest |" in figures.figures(tmp_path, ["honest"])
+    assert "| workload | honest |" in figures.speeds.figures(tmp_path, ["honest"])
     assert "flashspec" not in text
-    assert "`flashspec` did not run: not installed." in figures.figures(tmp_path, against=True)
+    assert "`flashspec` did not run: not installed." in figures.speeds.figures(tmp_path, against=True)
 
 
 def test_loops_are_told(written, figures, tmp_path):
-    assert "end in a loop" not in figures.figures(tmp_path)  # without the loops nothing is left to show
+    assert "end in a loop" not in figures.speeds.figures(tmp_path)  # without the loops nothing is left to show
     for r in written["results"]:
         r["speedup_without_loops"] = 1.25
     (tmp_path / "tiny.json").write_text(json.dumps(written))
-    assert "3 of 3 answers end in a loop. Over all without them: honest 1.25x" in figures.figures(tmp_path)
+    assert "3 of 3 answers end in a loop. Over all without them: honest 1.25x" in figures.speeds.figures(tmp_path)
 
 
 def test_figures_measured_beside_other_load_are_not_shown(written, figures, tmp_path):
     written["disturbance"] |= {"disturbed": True, "text": "somebody compiled"}
     (tmp_path / "tiny.json").write_text(json.dumps(written))
     with pytest.raises(SystemExit, match="somebody compiled"):
-        figures.figures(tmp_path)
+        figures.speeds.figures(tmp_path)
 
 
 def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
@@ -98,11 +100,11 @@ def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
         "overhead": OVERHEAD,
     }  # fmt: skip
     (tmp_path / "some.json").write_text(json.dumps(written))
-    text = figures.figures(tmp_path, against=True)
+    text = figures.speeds.figures(tmp_path, against=True)
     assert "| workload | plain+kernels |" in text
     assert "The same runs with `plain+kernels`" in text
     assert "| workload | auto+kernels |\n|---|---|\n| sql | 1.50x / 2.00 |" in text
-    assert "1.50x" not in figures.figures(tmp_path)
+    assert "1.50x" not in figures.speeds.figures(tmp_path)
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_what_a_pass_costs(model, figures, tmp_path, monkeypatch, capsys):
     assert written["limit"] == written["weight_bytes"] / written["bandwidth"] > 0
     shapes = {(p["outputs"], p["inputs"]) for p in written["products"]}
     assert shapes == {(32, 32), (16, 32), (64, 32), (32, 64), (97, 32)}
-    text = figures.costs(tmp_path)
+    text = figures.costs.costs(tmp_path)
     one, four = (pick[256, n]["ours"] for n in (1, 4))
     assert f"{1e3 * four:.1f} / {written['limit'] / four:.0%} / {four / one:.2f}" in text
     assert f"| ours | {one / written['limit']:.2f} | {four / one:.2f} |" in text

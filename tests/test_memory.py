@@ -27,6 +27,12 @@ TEMPLATE = (
 SONG = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
+@pytest.fixture(autouse=True)
+def _no_part_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine: what is drafted must not go by the clock."""
+    monkeypatch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
+
+
 def guesses(memory: Memory, start: list[int], namespace: str = "") -> set[int]:
     """Every token that is guessed after a text, by all drafters."""
     found = set[int]()
@@ -78,18 +84,12 @@ def test_a_namespace_sees_nothing_of_another(drafter: str) -> None:
     assert memory.namespaces == []
 
 
-def test_sessions_in_other_namespaces_draft_as_if_alone() -> None:
-    model, text = tiny.model(), prompt(9)
-    alone, shared = Memory(), Memory()
-    counts = []
-    for memory, before in ((alone, False), (shared, True)):
-        if before:
-            with Session(model, memory=memory, namespace="other", policy=POLICY, cpu_kernels=False) as other:
-                other.generate(text, max_new_tokens=40, eos_token_id=None)
-        with Session(model, memory=memory, namespace="mine", policy=POLICY, cpu_kernels=False) as mine:
-            mine.generate(text, max_new_tokens=40, eos_token_id=None)
-            counts.append(mine.stats.accepted)
-    assert counts[1] <= counts[0] + 3  # rates are shared, texts are not
+def test_what_a_session_wrote_is_guessed_in_its_own_namespace_alone() -> None:
+    model, memory = tiny.model(), Memory()
+    with Session(model, memory=memory, namespace="other", policy=POLICY, cpu_kernels=False) as other:
+        written = other.generate(prompt(9), max_new_tokens=40, eos_token_id=None)[0].tolist()
+    assert not any(guesses(memory, written[n : n + 2], "mine") for n in range(40))
+    assert all(written[n + 2] in guesses(memory, written[n : n + 2], "other") for n in range(10, 40))
 
 
 def test_the_cap_holds_over_all_namespaces() -> None:
