@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 METHODS := plain,plain+kernels,auto,auto+kernels,suffix+kernels,recycling+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv browser demo test test-all check bench bench-cost architectures gpu wheel
+.PHONY: .venv browser demo test test-all check bench bench-cost bench-agents bench-drafts architectures gpu wheel
 
 .venv: $(READY)
 
@@ -27,7 +27,7 @@ browser:
 
 # Two workers of one thread each: models as small as the tests' own only lose by more.
 test: $(READY) browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --durations=25
 
 test-all: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
@@ -52,6 +52,20 @@ bench: $(READY)
 bench-cost: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
+	$(BIN)/python benchmarks/figures.py
+
+# Sessions, the pool and other libraries on top: what they gain end to end; about a quarter of an hour.
+bench-agents: $(READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/sessions.py --repeats 2 --turns 5 --json benchmarks/results/sessions.json
+	$(BIN)/python benchmarks/pool.py --repeats 1 --json benchmarks/results/pool.json
+	$(BIN)/python benchmarks/integrations.py --repeats 1 --json benchmarks/results/integrations.json
+	$(BIN)/python benchmarks/figures.py
+
+# A trained draft, DRAFT=PATH: lengths, trees and temperatures, beside transformers' assisted generation.
+bench-drafts: $(READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/drafts.py --draft $(DRAFT) --json benchmarks/results/drafts.json
 	$(BIN)/python benchmarks/figures.py
 
 # GPU tests and timings in one command, with the Python that is there; not yet run on a GPU.

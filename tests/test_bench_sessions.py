@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 from pathlib import Path
@@ -21,8 +22,10 @@ def script(name: str) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def figures() -> SimpleNamespace:
-    return script("figures")
+def figures() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module("tables.agents")
 
 
 def write(folder: Path, **report: Any) -> Path:
@@ -30,12 +33,12 @@ def write(folder: Path, **report: Any) -> Path:
     return folder
 
 
-def test_what_was_not_measured_is_not_shown(figures: SimpleNamespace, tmp_path: Path) -> None:
+def test_what_was_not_measured_is_not_shown(figures: Any, tmp_path: Path) -> None:
     for section in (figures.sessions, figures.pool, figures.integrations):
         assert section(tmp_path) == "not measured yet"
 
 
-def test_sessions(figures: SimpleNamespace, tmp_path: Path) -> None:
+def test_sessions(figures: Any, tmp_path: Path) -> None:
     run = RUN | {"agent": "clerk", "reused": 0.5}
     ours = run | {"method": "warm", "speedup": 3.25, "tokens_per_step": 4.0}
     other = run | {"method": "cold", "equal": False, "speedup": None}
@@ -44,7 +47,7 @@ def test_sessions(figures: SimpleNamespace, tmp_path: Path) -> None:
     assert "| clerk | 2.0 s | tokens differ / 1.00 / 50% | 3.25x / 4.00 / 50% |" in text
 
 
-def test_pool(figures: SimpleNamespace, tmp_path: Path) -> None:
+def test_pool(figures: Any, tmp_path: Path) -> None:
     rows = [
         RUN | {"method": "in turn", "sessions": 1, "tokens_per_second": 10.0, "tokens_per_step": None},
         RUN | {"method": "pool", "sessions": 1, "equal": False, "speedup": None, "tokens_per_second": None},
@@ -56,7 +59,7 @@ def test_pool(figures: SimpleNamespace, tmp_path: Path) -> None:
     assert "`generate_batch` did not run: no room." in text
 
 
-def test_integrations(figures: SimpleNamespace, tmp_path: Path) -> None:
+def test_integrations(figures: Any, tmp_path: Path) -> None:
     rows = [RUN | {"task": "outlines", "method": name, "speedup": speed} for name, speed in (("plain", 1), ("ours", 2))]
     text = figures.integrations(write(tmp_path, integrations=rows, unavailable={"langchain": "not installed"}))
     assert "| outlines | 2.0 s | 2.00x / 1.00 |" in text
