@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from specdec import openmp
+
 
 class Abandoned(Exception):  # noqa: N818
     """Nobody reads on; raised inside the generation to end it."""
@@ -52,6 +54,7 @@ def pieces(tokenizer: Any, generation: Callable[[Pieces], Any]) -> Iterator[str]
     here.
     """
     streamer = Pieces(tokenizer)
+    openmp.release()
     thread = threading.Thread(target=streamer.run, args=(generation,), name="specdec stream")
     thread.start()
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdec import cpu
+from specdec import cpu, openmp
 from specdec.core import Drafter, Policy
 from specdec.memory import Memory
 from specdec.pool.engine import Engine
@@ -93,6 +93,7 @@ class SessionPool:
         reason = "" if cpu_kernels is False else cpu.install(module)
         if reason and cpu_kernels:
             self.stats.reason(reason)
+        openmp.release()  # the thread that makes a pool need not be the one that asks it
 
     @property
     def stats(self) -> Stats:
@@ -152,6 +153,7 @@ class SessionPool:
             self._waiting.append(request)
             if not self._working:
                 self._working = True
+                openmp.release()
                 self._worker = threading.Thread(target=self._work, args=(self._worker,), name="specdec pool")
                 self._worker.start()
         return request
