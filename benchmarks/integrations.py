@@ -269,10 +269,11 @@ def main() -> None:
                 f"{record['task']:22} {record['method']:12} {record['seconds']:7.2f} s {speed:>9} {steps}", flush=True
             )
         results += records
-    if given.json:
-        facts = {"machine": machine(models["plain"], given.model), "repeats": given.repeats, **SETTINGS}
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**facts, "unavailable": missing, "integrations": results}, indent=1) + "\n")
+        if given.json:  # after each: what is measured stays
+            facts = {"machine": machine(models["plain"], given.model), "repeats": given.repeats, **SETTINGS}
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            report = {**facts, "unavailable": missing, "integrations": results}
+            given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

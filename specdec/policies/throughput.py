@@ -20,11 +20,8 @@ REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
-COUNTS = (
-    0.02,
-    0.08,
-    0.32,
-)  # of long first calls, which may have compiled something: to be paid off in 4, 16, 64 times it
+# What long first calls count, which may have compiled something: they are paid off in 4, 16, 64 times as long.
+COUNTS = (0.02, 0.08, 0.32)
 
 
 class Text:
