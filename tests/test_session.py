@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 import specdec
 from specdec import Memory, Session, adapters, prefix
+from specdec.drafters import MergedDrafter
 from specdec.policies import FixedPolicy
 from tests import tiny
 from tests.tiny import prompt
@@ -30,6 +31,12 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}"
     "{% if tools %}tools {{ tools | length }}\n{% endif %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_part_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine: what is drafted must not go by the clock."""
+    monkeypatch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
 
 
 def session(model: Any, **arguments: Any) -> Session:
