@@ -14,7 +14,7 @@ from transformers import pipeline
 
 import specdec
 from specdec import Memory
-from specdec.drafters import MergedDrafter, NgramDrafter
+from specdec.drafters import NgramDrafter
 from specdec.policies import FixedPolicy
 from tests import tiny
 
@@ -48,10 +48,7 @@ def folder(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-@pytest.fixture(autouse=True)
-def _no_part_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine: what is drafted must not go by the clock."""
-    monkeypatch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
+_unhurried = pytest.fixture(autouse=True, scope="module")(tiny.unhurried)
 
 
 def same(model: Any, run: Callable[[], Any]) -> bool:

@@ -27,10 +27,7 @@ TEMPLATE = (
 SONG = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
-@pytest.fixture(autouse=True)
-def _no_part_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine: what is drafted must not go by the clock."""
-    monkeypatch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
+_unhurried = pytest.fixture(autouse=True, scope="module")(tiny.unhurried)
 
 
 def guesses(memory: Memory, start: list[int], namespace: str = "") -> set[int]:

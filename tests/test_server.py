@@ -12,20 +12,14 @@ import pytest
 import torch
 
 from specdec import timing
-from specdec.drafters import MergedDrafter
 from specdec.server.schema import Message
-from tests import served
+from tests import served, tiny
 from tests.served import NAME, Served
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_part_is_too_slow() -> Iterator[None]:
-    """However busy the machine: what is drafted must not go by the clock."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
-        yield
+_unhurried = pytest.fixture(autouse=True, scope="module")(tiny.unhurried)
 
 
 @pytest.fixture(scope="module")

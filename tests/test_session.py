@@ -14,7 +14,6 @@ from transformers import DynamicCache, LogitsProcessor
 
 import specdec
 from specdec import Memory, Session, adapters, prefix
-from specdec.drafters import MergedDrafter
 from specdec.policies import FixedPolicy
 from tests import tiny
 from tests.tiny import prompt
@@ -33,10 +32,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_part_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine: what is drafted must not go by the clock."""
-    monkeypatch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
+_unhurried = pytest.fixture(autouse=True, scope="module")(tiny.unhurried)
 
 
 def session(model: Any, **arguments: Any) -> Session:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,7 @@ from torch import nn
 
 import specdec
 from specdec.core import Budget, Context, DraftTree
+from specdec.drafters import MergedDrafter
 from specdec.policies import FixedPolicy
 
 VOCAB = 97
@@ -222,3 +224,10 @@ def outcome(run: Callable[[], Any]) -> Any:
     except Exception as error:
         return type(error), str(error)
     return sequences(result).tolist()
+
+
+def unhurried() -> Iterator[None]:
+    """For a fixture: no part of a merged drafter is too slow, so that nothing goes by the clock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
+        yield
