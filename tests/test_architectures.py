@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import architectures
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = {
     "llama": "tree",
     "gpt2": "tree",  # learnt positions
@@ -20,16 +17,8 @@ SAMPLE = {
 }
 
 
-@pytest.fixture(scope="module")
-def architectures():
-    spec = importlib.util.spec_from_file_location("architectures", ROOT / "benchmarks" / "architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("model_type", "level"), SAMPLE.items())
-def test_level_and_equal_output(architectures, model_type: str, level: str) -> None:
+def test_level_and_equal_output(model_type: str, level: str) -> None:
     row = architectures.examine(model_type)
     assert row["level"] == level, row
     assert bool(row["note"]) == (level != "tree")
@@ -37,14 +26,14 @@ def test_level_and_equal_output(architectures, model_type: str, level: str) -> N
         assert float(row["tokens_per_step"]) > 1.5
 
 
-def test_a_different_output_is_told(architectures, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_output_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from specdec.sampling import Sampler
 
     monkeypatch.setattr(Sampler, "sequences", lambda self, ids: ids)
     assert architectures.examine("llama")["level"] == "different"
 
 
-def test_a_type_that_cannot_be_built_says_why(architectures) -> None:
+def test_a_type_that_cannot_be_built_says_why() -> None:
     row = architectures.examine("nonesuch")
     assert row["level"] == "not built"
     assert "nonesuch" in row["note"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import cost
+import figures
 import pytest
 
 from specdec.bench import report, run
@@ -23,20 +24,6 @@ OVERHEAD = {"drafter": "recycling", "nodes": 64, "pass_ms": 10.0, "outside_ms": 
 @pytest.fixture(scope="module")
 def model():
     return tiny.model(intermediate_size=64)
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")  # where the script finds its tables
-        return script("figures")
 
 
 @pytest.fixture
@@ -61,7 +48,7 @@ def written(model, monkeypatch, tmp_path):
     return made
 
 
-def test_the_readme_shows_what_was_measured(written, figures, tmp_path):
+def test_the_readme_shows_what_was_measured(written, tmp_path):
     text = figures.speeds.figures(tmp_path)
     row = next(line for line in text.splitlines() if line.startswith("| sql |"))
     assert "2.60x / 1.00" in row  # one prompt: no interval
@@ -74,7 +61,7 @@ def test_the_readme_shows_what_was_measured(written, figures, tmp_path):
     assert "`flashspec` did not run: not installed." in figures.speeds.figures(tmp_path, against=True)
 
 
-def test_loops_are_told(written, figures, tmp_path):
+def test_loops_are_told(written, tmp_path):
     assert "end in a loop" not in figures.speeds.figures(tmp_path)  # without the loops nothing is left to show
     for r in written["results"]:
         r["speedup_without_loops"] = 1.25
@@ -82,14 +69,14 @@ def test_loops_are_told(written, figures, tmp_path):
     assert "3 of 3 answers end in a loop. Over all without them: honest 1.25x" in figures.speeds.figures(tmp_path)
 
 
-def test_figures_measured_beside_other_load_are_not_shown(written, figures, tmp_path):
+def test_figures_measured_beside_other_load_are_not_shown(written, tmp_path):
     written["disturbance"] |= {"disturbed": True, "text": "somebody compiled"}
     (tmp_path / "tiny.json").write_text(json.dumps(written))
     with pytest.raises(SystemExit, match="somebody compiled"):
         figures.speeds.figures(tmp_path)
 
 
-def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
+def test_speeds_over_other_baselines_are_tables_of_their_own(tmp_path):
     cell = {"workload": "sql", "equal": True, "tokens_per_step": 2.0, "speedup_low": None, "speedup_high": None}
     plain = [cell | {"method": name, "baseline": "plain", "speedup": 3.0} for name in ("plain", "plain+kernels")]
     over = [cell | {"method": name, "baseline": "plain+kernels", "speedup": 1.5} for name in ("auto", "auto+kernels")]
@@ -108,8 +95,7 @@ def test_speeds_over_other_baselines_are_tables_of_their_own(figures, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_pass_costs(model, figures, tmp_path, monkeypatch, capsys):
-    cost = script("cost")
+def test_what_a_pass_costs(model, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "model")
     for name, value in {"NODES": (1, 4, 8, 16), "CONTEXTS": (256, 1024), "READ": 1 << 20, "COLD": 1 << 12}.items():
         monkeypatch.setattr(cost, name, value)
@@ -134,7 +120,6 @@ def test_what_a_pass_costs(model, figures, tmp_path, monkeypatch, capsys):
 
 
 def test_a_made_up_text_leaves_the_model_as_it_was(model):
-    cost = script("cost")
     hold = cost.held(model, cost.attach.attach(model).form, 40)
     assert (hold.lengths, hold.cache.lengths) == ([40], [40])
     for nodes in (1, 5):
@@ -143,7 +128,7 @@ def test_a_made_up_text_leaves_the_model_as_it_was(model):
     assert "forward" not in vars(model.lm_head)
 
 
-def test_pages_show_what_the_results_say(figures, tmp_path, monkeypatch):
+def test_pages_show_what_the_results_say(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
     figures.main()
     for page in ("README.md", "docs/performance.md"):

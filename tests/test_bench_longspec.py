@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
+import longspec
+from tables import long
 
 from specdec.drafters.longspec_layer import LongSpecLayer
 from tests import tiny
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def longspec() -> Any:
-    return script("longspec")
-
-
-def test_answers_are_counted_and_compared(longspec: Any) -> None:
+def test_answers_are_counted_and_compared() -> None:
     target = tiny.model(eos_token_id=None)
     drafter = longspec.Weighed(LongSpecLayer.of(target, 8), cpu_kernels=False)
     methods = {"plain": longspec.speculate(drafter, 0), "fresh": longspec.speculate(drafter, 4)}
@@ -43,7 +26,7 @@ def test_answers_are_counted_and_compared(longspec: Any) -> None:
     assert 50 <= drafter.read / (2 * 2 * 8 * 4) < 70  # tokens behind which was drafted last
 
 
-def test_the_summary_weighs_steps_alike(longspec: Any) -> None:
+def test_the_summary_weighs_steps_alike() -> None:
     one = {"tokens": 30, "steps": 10, "drafted": 40, "accepted": 20, "equal": True}
     other = {"tokens": 10, "steps": 10, "drafted": 40, "accepted": 0, "equal": False}
     assert longspec.summary([one, other]) == {
@@ -51,10 +34,8 @@ def test_the_summary_weighs_steps_alike(longspec: Any) -> None:
     }  # fmt: skip
 
 
-def test_the_table_shows_what_was_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    figures = importlib.import_module("tables.long")
-    assert figures.longspec(tmp_path) == "not measured yet"
+def test_the_table_shows_what_was_counted(tmp_path: Path) -> None:
+    assert long.longspec(tmp_path) == "not measured yet"
     row = {"prompts": 4, "equal": True, "tokens_per_step": 1.5, "least": 1.25, "most": 2.0, "accepted": 0.125}
     row |= {"layer": "far", "bytes": 2048, "bytes_read": 3 << 20}
     report = {
@@ -65,6 +46,6 @@ def test_the_table_shows_what_was_counted(tmp_path: Path, monkeypatch: pytest.Mo
         "longspec": [row | {"context": 256}, row | {"context": 1024, "equal": False}],
     }
     (tmp_path / "longspec.json").write_text(json.dumps(report))
-    assert figures.longspec(tmp_path).splitlines()[-1] == (
+    assert long.longspec(tmp_path).splitlines()[-1] == (
         "| far (1.0M weights, window 8) | 1.50 (1.25-2.00) / 12% / 2 / 3.0 | tokens differ |"
     )

@@ -5,20 +5,17 @@ Screenshots are kept in artefacts/page/.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import screenshot
 
 from specdec.page import write_page
 from tests import page_samples as samples
 from tests.page_samples import HOSTILE
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("screenshot", ROOT / "benchmarks" / "screenshot.py")
-screenshot = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(screenshot)
 pytest.importorskip("selenium", reason="selenium is not installed")
 if screenshot.missing():
     pytest.skip(screenshot.missing(), allow_module_level=True)

@@ -1,10 +1,7 @@
 """SuffixDrafter: the published rule over two trees, memory between contexts, and what it is kept from."""
 
 import gc
-import importlib.util
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,13 +385,10 @@ def test_a_bad_response_is_refused(tokens):
         SuffixDrafter().learn(tokens)
 
 
-def test_as_many_tokens_per_step_as_the_cache_of_arctic_inference(monkeypatch):
+def test_as_many_tokens_per_step_as_the_cache_of_arctic_inference():
     pytest.importorskip("arctic_inference.suffix_decoding", reason="arctic-inference is not installed")
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "suffix_cache.py"
-    spec = importlib.util.spec_from_file_location("suffix_cache", path)
-    bench = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "suffix_cache", bench)  # where its data classes look for it
-    spec.loader.exec_module(bench)
+    import suffix_cache as bench
+
     rng = np.random.default_rng(0)
     phrases = [rng.integers(0, 500, rng.integers(2, 30)) for _ in range(60)]
     texts = [np.concatenate([phrases[i] for i in rng.zipf(1.5, 40) % 60]).astype(np.int32) for _ in range(30)]

@@ -1,17 +1,8 @@
 """The page's table of suffix trees: each replay and each million in its place, or nothing was measured."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "figures.py"
-
-
-def suffix_table(directory):
-    spec = importlib.util.spec_from_file_location("figures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.suffix_table(directory)
+from tables.text import suffix_table
 
 
 def replay(trace, who, steps):
