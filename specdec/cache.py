@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, Dynamic
 from specdec.kernels.move_rows import move_rows
 
 GROWTH = 256  # spare slots made whenever a buffer must grow
+
+
+class Rows(NamedTuple):
+    """One text's keys and values in one layer, each [1, heads, tokens, width], from its token ``first`` on."""
+
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -41,8 +49,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._keys, self._values = (self._slots(like, rows, capacity) for like in (key_states, value_states))
         self.is_initialized = True
 
-    @staticmethod
-    def _slots(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    def _slots(self, like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         # Zeros: a masked slot still meets a zero weight in the sum over values, and 0 * NaN is NaN.
         return like.new_zeros((rows, like.shape[1], capacity, like.shape[-1]))
 
@@ -153,6 +160,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._values[:, :, : keys.shape[2]] = values
         self._show()
 
+    def rows(self, row: int) -> Rows:
+        """One row's keys and values, those in reach of its next token at least; views."""
+        length = self.lengths[row]
+        first = self.offset if self.window is None else max(self.offset, length - self.window + 1)
+        part = slice(first - self.offset, length - self.offset)
+        return Rows(first, self._keys[row : row + 1, :, part], self._values[row : row + 1, :, part])
+
     @property
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of keys and of values, spare ones among them."""
@@ -200,7 +214,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             return None
         if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
             return cls(layer_class_to_replicate=SlotLayer)
-        layers = [_slot_layer(layer) for layer in cache.layers]
+        layers = [slot_layer(layer) for layer in cache.layers]
         return None if None in layers else cls(layers=layers)
 
     @property
@@ -231,6 +245,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.slots:
             if layer.is_initialized:
                 layer.leave(row)
+
+    def rows(self, row: int) -> tuple[Rows | None, ...]:
+        """One row's keys and values in each layer, as views; None where a layer holds none."""
+        return tuple(
+            layer.rows(row) if isinstance(layer, SlotLayer) and layer.is_initialized else None for layer in self.layers
+        )
 
     @property
     def bytes(self) -> int:
@@ -270,7 +290,8 @@ def _padded(paths: Sequence[Sequence[int]]) -> Int[torch.Tensor, "rows length"]:
     return torch.tensor([[*path, *[-1] * (longest - len(path))] for path in paths])
 
 
-def _slot_layer(layer: CacheLayerMixin) -> CacheLayerMixin | None:
+def slot_layer(layer: CacheLayerMixin) -> CacheLayerMixin | None:
+    """A SlotLayer with what another layer holds; None where that is of a kind that cannot be cut back."""
     if type(layer) is DummyLayer:
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

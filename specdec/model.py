@@ -19,6 +19,7 @@ from specdec.attention import Attention, switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
+from specdec.offloaded_cache import slots_of
 from specdec.shared_prefix import SharedCache, copies, hooked, one_of, spread
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Model:
             raise Unsupported(f"{type(self.module).__name__} keeps no transformers Cache (got {type(cache).__name__})")
         # Some models drop the cache they were given and make another for a long prompt.
         if self.form.level == "tree" and not isinstance(cache, SlotCache):
-            cache = SlotCache.of(cache)
+            cache = slots_of(cache)
         if cache is None:
             raise Unsupported(f"{type(self.module).__name__} makes a cache of its own that cannot hold trees")
         self.cache: Cache = cache
@@ -149,7 +150,7 @@ class Model:
         if self.users_cache is None and isinstance(cache, StaticCache):
             cache = DynamicCache(config=self.config)
         self.foreign: Cache | None = cache  # what the rows are handed back in
-        slots = SlotCache.of(cache) if isinstance(cache, Cache) else None
+        slots = slots_of(cache) if isinstance(cache, Cache) else None
         if slots is not None:
             model_kwargs[self.cache_name] = slots
         elif self.form.level == "tree" or self.users_cache is not None or type(cache) not in (DynamicCache, NoneType):

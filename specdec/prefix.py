@@ -65,7 +65,7 @@ class Prefix:
         Args:
             config: the model's text configuration.
         """
-        length = min(_common(self.tokens, tokens), len(tokens) - 1)
+        length = min(common(self.tokens, tokens), len(tokens) - 1)
         changes = rotary_change(config, 0, max(len(tokens), len(self.tokens)), 0) is not None
         if self.cache is None or length <= 0 or reader != self.reader or changes or not _crop(self.cache, length):
             self.drop()
@@ -142,7 +142,7 @@ def _looks_padded(model: Any, ids: torch.Tensor, arguments: dict[str, Any]) -> b
     return pad is not None and pad not in np.atleast_1d(ends) and bool((ids == pad).any())
 
 
-def _common(a: Int[np.ndarray, " a"], b: Sequence[int]) -> int:
+def common(a: Int[np.ndarray, " a"], b: Sequence[int] | Int[np.ndarray, " b"]) -> int:
     """How many tokens two texts begin with alike."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != np.asarray(b[:n], np.int64))

@@ -26,6 +26,7 @@ def exposition(stats: Stats) -> str:
         _counter("accepted_tokens", "Guessed tokens that became tokens of the text.", accepted, "drafter"),
         _counter("depth_drafted_steps", "Steps that guessed this deep.", deep, "depth"),
         _counter("depth_accepted_steps", "Steps that accepted this deep.", deep_kept, "depth"),
+        _counter("reused_tokens", "Tokens of prompts whose KV rows were kept from earlier texts.", stats.reused_tokens),
         _counter("judged_trees", "Trees, by the rule that verified them.", dict(stats.by_rule), "rule"),
         _counter("seconds", "Wall time by part.", stats.seconds, "part"),
         _counter("faults", "Guesses thrown away because a drafter failed.", stats.fault_count),

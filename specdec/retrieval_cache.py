@@ -38,7 +38,7 @@ class RetrievalLayer(SlotLayer):
 
     def rebuild(self, query: Float[Tensor, "heads dim"], budget: int, chunk: int) -> None:
         """Choose anew what to hold, for a ``query`` of the layer's: ``budget`` tokens, and what no chunk is full of."""
-        keys, values = self._rows(self.padding)
+        keys, values = self._rows(self.padding, query.device)
         chosen = select(query, keys[0], chunk, budget // chunk)
         tokens = (chosen[:, :, None] * chunk + torch.arange(chunk, device=chosen.device)).flatten(1)
         rest = keys.shape[2] // chunk * chunk
@@ -49,16 +49,16 @@ class RetrievalLayer(SlotLayer):
     def follow(self) -> None:
         """Forget what was guessed, and copy the rows of what has been committed since."""
         self.lengths = [self.copied]
-        keys, values = self._rows(self.copied - self.full.offset)
+        keys, values = self._rows(self.copied - self.full.offset, self.device)
         if keys.shape[2]:
             self.update(keys, values)
         self.copied = self.full.lengths[self.row]
         self._show()
 
-    def _rows(self, start: int) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n e"]]:
-        """The text's rows in the full cache, from a slot on."""
+    def _rows(self, start: int, device: torch.device) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n e"]]:
+        """The text's rows in the full cache, from a slot on; brought to a device where they are on another."""
         end, row = self.full.lengths[self.row] - self.full.offset, slice(self.row, self.row + 1)
-        return self.full._keys[row, :, start:end], self.full._values[row, :, start:end]
+        return self.full._keys[row, :, start:end].to(device), self.full._values[row, :, start:end].to(device)
 
 
 class RetrievalCache(SlotCache):

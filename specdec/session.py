@@ -35,7 +35,7 @@ class TurnStats(Stats):
 
     Attributes:
         turns: 1, or how many have ended.
-        prompt_tokens: tokens of the prompts; ``reused_tokens``: those whose KV rows were kept from the turn before.
+        prompt_tokens: tokens of the prompts.
         new_tokens: tokens that were written, plainly or not.
         wall: seconds from call to result.
         why_anew: why no rows could be reused in this turn; "" where they could.
@@ -44,7 +44,7 @@ class TurnStats(Stats):
     def reset(self) -> None:
         """Set every count to zero; the level and its reasons stay."""
         super().reset()
-        self.turns = self.prompt_tokens = self.reused_tokens = self.new_tokens = 0
+        self.turns = self.prompt_tokens = self.new_tokens = 0
         self.wall = 0.0
         self.why_anew = ""
 
@@ -57,7 +57,7 @@ class TurnStats(Stats):
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but ``sources``, as plain Python values, ready for JSON."""
-        names = ("turns", "prompt_tokens", "reused_tokens", "new_tokens", "wall", "why_anew")
+        names = ("turns", "prompt_tokens", "new_tokens", "wall", "why_anew")
         return {**super().as_dict(), **{name: getattr(self, name) for name in names}}
 
 

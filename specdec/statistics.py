@@ -26,6 +26,7 @@ REPORTED = (
     "acceptance_by_depth",
     "by_drafter",
     "by_rule",
+    "reused_tokens",
     "seconds",
     "level",
     "reasons",
@@ -56,6 +57,7 @@ class Stats:
         reasons: why a lower level, or plain ``generate``, was used; each said once.
         faults: what drafters did wrong, the last hundred; ``fault_count`` counts all.
         lossless: whether everything used so far keeps the target's distribution.
+        reused_tokens: of prompts, those whose KV rows were kept from earlier texts; ``Session`` and ``SessionPool`` do.
         sources: for the last generation, per row, the drafter that guessed each token; "" for the target alone.
         generations: calls of ``generate`` that speculated; ``plain_generations``: those passed to plain ``generate``.
 
@@ -76,6 +78,7 @@ class Stats:
         self.seconds = dict.fromkeys(SECONDS, 0.0)
         self.by_drafter: dict[str, dict[str, int]] = {}
         self.by_rule: Counter[str] = Counter()
+        self.reused_tokens = 0
         self.faults: list[str] = []
         self.fault_count = 0
         self.lossless = True
@@ -137,6 +140,12 @@ class Stats:
             self.by_drafter.setdefault(name, {"drafted": 0, "accepted": 0})["drafted"] += n
         for node in verdict.path[1:].tolist():
             self.by_drafter[source[node]]["accepted"] += 1
+
+    def reuse(self, tokens: int) -> None:
+        """Count tokens of a prompt that need not be read."""
+        self.reused_tokens += tokens
+        if self.parent is not None:
+            self.parent.reuse(tokens)
 
     def judge(self, rule: str, trees: int = 1) -> None:
         """Count trees that a rule of verification has judged."""

@@ -86,7 +86,7 @@ class Script:
         """How many tokens of each prompt stood in the text before."""
         held = [[], *(text[:-1] for text in self.outputs)]
         return [
-            prefix._common(torch.tensor(a).numpy(), b[0].tolist()) for a, b in zip(held, self.prompts, strict=False)
+            prefix.common(torch.tensor(a).numpy(), b[0].tolist()) for a, b in zip(held, self.prompts, strict=False)
         ]
 
 

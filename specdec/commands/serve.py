@@ -27,6 +27,7 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     max_cache_mb: Annotated[int | None, typer.Option(min=1, help="Of KV rows, at most.")] = None,
+    max_kept_mb: Annotated[int, typer.Option(min=0, help="Of KV rows kept for later prompts, at most.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 4096,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of one prompt.")] = 32768,
     max_choices: Annotated[int, typer.Option(min=1, help="Answers to one request.")] = 8,
@@ -60,6 +61,7 @@ def serve(
             max_rows=max_rows,
             max_waiting=max_waiting,
             max_cache_bytes=cache,
+            max_kept_bytes=max_kept_mb << 20,
         )
         service = Service(
             target, pool, predictions, name or model, max_new_tokens, max_prompt_tokens, max_choices, timeout

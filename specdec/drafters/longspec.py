@@ -239,6 +239,8 @@ def _unfit(target: Model) -> str:
     last = target.cache.layers[-1] if isinstance(target.cache, SlotCache) else None
     if not isinstance(last, SlotLayer) or last.window is not None:
         return "the target's last layer has no rows of its own that hold trees"
+    if last.buffers[0].device != target.device:
+        return "the target's rows live in the host's memory"
     shape, rows = Shape.of(config), last.buffers
     if any(part.shape[1::2] != (shape.kv_heads, shape.head_dim) for part in rows):
         return f"the target's rows are of shapes {[list(part.shape) for part in rows]}"

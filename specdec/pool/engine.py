@@ -23,8 +23,10 @@ from specdec.policies import ThroughputPolicy
 from specdec.policies.throughput import Text
 from specdec.pool.alone import run_alone
 from specdec.pool.batch import Batch
+from specdec.pool.kept import ALIKE, Kept, KeptText
 from specdec.pool.request import Request
 from specdec.pool.row import Preparation, Prepared, Row
+from specdec.prefix import common
 from specdec.speculate import Speculate
 from specdec.statistics import Stats
 
@@ -57,9 +59,11 @@ class Engine:
         tokenizer: for requests that are text.
         drafter, policy: see ``Speculate``.
         max_cache_bytes: of all KV rows; None for no limit.
+        max_kept_bytes: of those that are kept when their requests have ended.
 
     Attributes:
         stats: what was done for all requests.
+        kept: KV rows of texts that have been answered.
         rows: those that step together; ``joining``: those whose prompts are being read.
     """
 
@@ -70,7 +74,9 @@ class Engine:
         drafter: Drafter | str = "auto",
         policy: Policy | str = "auto",
         max_cache_bytes: int | None = None,
+        max_kept_bytes: int = 0,
     ) -> None:
+        self.kept = Kept(max_kept_bytes)
         self.model, self.tokenizer, self.max_cache_bytes = model, tokenizer, max_cache_bytes
         preparation = Preparation(drafter, policy, on_unsupported="error")
         ordinary = Speculate(preparation.drafter, policy)
@@ -137,8 +143,17 @@ class Engine:
         if not self._bytes_of_token:  # only the first row's prompt will tell
             return not self.joining
         self._check_size(row)
-        joining = [*self.joining, row]
-        return self._bytes([*self.rows, *joining], joining, *self.batch.cache.capacity) <= self.max_cache_bytes
+        left = self._left(row)
+        if left >= 0:
+            self.kept.shrink(left)
+        return left >= 0
+
+    def _left(self, *more: Row) -> int:
+        """Bytes that are left for rows of answered texts, whatever the others, and some ``more``, grow to."""
+        if self.max_cache_bytes is None:
+            return self.kept.max_bytes
+        joining = [*self.joining, *more]
+        return self.max_cache_bytes - self._bytes([*self.rows, *joining], joining, *self.batch.cache.capacity)
 
     def _check_size(self, row: Row) -> None:
         most, need = self.max_cache_bytes, self._bytes([row], [row])
@@ -159,9 +174,11 @@ class Engine:
     def read_prompts(self) -> None:
         """Read on in the prompts of joining rows, each in its turn; rows whose prompts are read join the others."""
         left = PROMPT_TOKENS
-        while self.joining and left > 0:
-            row = self.joining.popleft()
+        while left > 0 and (row := next((row for row in self.joining if not self._waits(row)), None)):
+            self.joining.remove(row)
             try:
+                if not row.read and row.reader:
+                    self._begin_behind(row)
                 left -= row.read_prompt(left)
                 if row.ready:
                     self._join(row)
@@ -171,6 +188,22 @@ class Engine:
                 self._rerun(row, why)
             except Exception as error:  # of this row's own prompt
                 row.request.fail(error)
+
+    def _waits(self, row: Row) -> bool:
+        """Whether another prompt that begins like a row's is being read, so that it need not be read twice."""
+        return not row.read and any(_alike(other, row) >= ALIKE for other in self.joining if other.read)
+
+    def _begin_behind(self, row: Row) -> None:
+        """Begin a prompt behind the rows that it has in common with another text, answered or not."""
+        prompt = row.context.tokens
+        length, text = self.kept.longest(row.reader, prompt)
+        layers = text.layers if text else ()
+        for place, other in enumerate(self.rows):
+            alike = min(_alike(other, row), self.batch.lengths[place])
+            if alike > length:
+                length, layers = alike, self.batch.cache.rows(place)
+        if length >= ALIKE:
+            row.begin_behind(layers, min(length, len(prompt) - 1))
 
     def _rerun(self, row: Row, why: Unsupported) -> None:
         try:
@@ -236,6 +269,8 @@ class Engine:
 
     def _leave(self, row: Row) -> None:
         place = self.rows.index(row)
+        if row.reader and row.error is None:
+            self._keep(row, place)
         self.batch.leave(place)
         self.rows[place] = self.rows[-1]
         self.rows.pop()
@@ -246,11 +281,21 @@ class Engine:
             self.drafter.draft([row.context], [Budget(0, 0, 0)])  # the last chance to learn from the end
             row.request.answer(row.output(), row.prompt_length, self.tokenizer)
 
+    def _keep(self, row: Row, place: int) -> None:
+        """Keep a row's text for later prompts; for lack of memory, keep none."""
+        tokens = row.context.tokens[: self.batch.lengths[place]]
+        try:
+            self.kept.keep(KeptText(row.reader, tokens, self.batch.cache.rows(place)), self._left())
+        except (RuntimeError, MemoryError) as error:
+            self.kept.clear()
+            self.stats.reason(f"rows of answered texts were given up: {error}")
+
     def lose(self, error: BaseException) -> None:
-        """Fail all rows, and give their memory back."""
+        """Fail all rows, and give all memory back."""
         rows, self.rows, self.joining = [*self.rows, *self.joining], [], deque()
         if self._attachment is not None:
             self.batch.clear()
+        self.kept.clear()
         for row in rows:
             row.request.fail(error)
 
@@ -265,6 +310,11 @@ class Unobserved:
 
     def observe(self, verdict: Verdict) -> None:
         """Nothing."""
+
+
+def _alike(one: Row, other: Row) -> int:
+    """How many tokens two rows' texts begin with alike, if their KV rows are alike too."""
+    return common(one.context.tokens, other.context.tokens) if one.reader and one.reader == other.reader else 0
 
 
 def _share(passed: Pass, place: int, nodes: int) -> Pass:

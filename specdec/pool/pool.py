@@ -53,6 +53,8 @@ class SessionPool:
         max_waiting: requests that may wait for a row.
         max_cache_bytes: of all KV rows, with all that they may grow to; None for no limit. A request waits until it
             fits, and those behind it wait too.
+        max_kept_bytes: of the KV rows that are kept of answered texts, for prompts of the same namespace that begin
+            as these do; 0 keeps none.
         cpu_kernels: see ``wrap``; they stay in the model when the pool is closed.
 
     Attributes:
@@ -73,6 +75,7 @@ class SessionPool:
         max_rows: int = 16,
         max_waiting: int = 256,
         max_cache_bytes: int | None = None,
+        max_kept_bytes: int = 512 << 20,
         cpu_kernels: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
@@ -81,8 +84,10 @@ class SessionPool:
             )
         if min(max_rows, max_waiting, 1 if max_cache_bytes is None else max_cache_bytes) < 1:
             raise ValueError(f"limits are 1 at least: max_rows={max_rows}, {max_waiting=}, {max_cache_bytes=}")
+        if max_kept_bytes < 0:
+            raise ValueError(f"max_kept_bytes is 0 at least, got {max_kept_bytes}")
         module: Any = getattr(model, "_orig_mod", model)
-        self._engine = Engine(module, tokenizer, _joined(drafter, memory), policy, max_cache_bytes)
+        self._engine = Engine(module, tokenizer, _joined(drafter, memory), policy, max_cache_bytes, max_kept_bytes)
         self.tokenizer, self.max_rows, self.max_waiting = tokenizer, max_rows, max_waiting
         self.outcomes = Counter[str]()
         self._open, self._waiting, self._closed = set[Future[Any]](), deque[Request](), False
@@ -112,8 +117,13 @@ class SessionPool:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of KV rows that are held now."""
+        """Bytes of KV rows of requests that are being answered."""
         return self._engine.cache_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of KV rows of texts that have been answered."""
+        return self._engine.kept.bytes_used
 
     def submit(
         self,
@@ -244,6 +254,13 @@ class SessionPool:
             if not self._changed.wait_for(lambda: not self._working, timeout):
                 raise TimeoutError(f"{len(self._open)} requests are still to be answered after {timeout} seconds")
 
+    def reset(self) -> None:
+        """Forget the KV rows of answered texts, when all are answered: for when the model's weights have changed."""
+        self.must_not_wait_inside()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._working)
+            self._engine.kept.clear()
+
     def close(self, cancel: bool = False) -> None:
         """Take no more requests, and wait until those taken are answered, or cancel them. May be called again."""
         with self._changed:
@@ -254,6 +271,7 @@ class SessionPool:
         self.drain()
         if self._worker is not None:
             self._worker.join()
+        self._engine.kept.clear()
 
     def __enter__(self) -> SessionPool:
         return self

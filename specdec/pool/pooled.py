@@ -17,7 +17,7 @@ TURNS_KEPT = 100
 class PooledSession:
     """A ``Session``'s face on a pool: each turn is a request of the pool's, in one namespace.
 
-    Turns read their whole prompt: KV rows go to whoever comes next when a turn is over.
+    A turn's prompt is read from where it differs from what the pool has kept of the namespace's texts.
 
     Args:
         pool: answers; it is not closed with the session.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,13 +16,15 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attach import Attachment
-from specdec.cache import SlotCache
+from specdec.cache import Rows, SlotCache
 from specdec.core import Choice, Context, DraftTree, Unsupported, Verdict
 from specdec.guard import GuardedDrafter
 from specdec.limits import room, rotary_change
 from specdec.model import Model, Pass
 from specdec.pool.batch import Batch
+from specdec.pool.kept import fill
 from specdec.pool.request import Request
+from specdec.prefix import why_not
 from specdec.sampling import Group, Sampler
 from specdec.speculate import PROMPT_LOGITS_BYTES, PROMPT_LOGITS_ROWS, Speculate, check
 from specdec.statistics import Stats
@@ -101,6 +104,7 @@ class Row:
     Attributes:
         error: what went wrong in this row; the others go on.
         longest: tokens that it may come to.
+        reader: whose its KV rows are; "" where they mean something to this request alone.
 
     Raises:
         Unsupported: it cannot be one row among others.
@@ -126,6 +130,7 @@ class Row:
         self.longest = self.sampler.max_length or 0
         self.context = Context(ids[0].cpu().numpy(), namespace)
         self.room = room(self.target.config, self.longest, [self.context], [0], 0)
+        self.reader = f"{namespace} {prepared.module.dtype} {prepared.module.device}" if self._common() else ""
         self.share = Share()
         model = cast(Model, self.share)
         self.verifier = PathwiseVerifier().begin(model, self.sampler, self.stats, drafter.topk, drafter.hidden)
@@ -144,6 +149,12 @@ class Row:
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return self.prepared.input_ids.shape[1]
+
+    def begin_behind(self, layers: Sequence[Rows | None], length: int) -> None:
+        """Begin the prompt behind its first tokens, whose rows another text has, if these can be had so short."""
+        if fill(self.prepared.model_kwargs["past_key_values"], layers, length):
+            self.read = length
+            self.stats.reuse(length)
 
     def read_prompt(self, most: int) -> int:
         """Run the next part of the prompt, of ``most`` tokens at most if it can be divided; how many it was."""
@@ -168,6 +179,13 @@ class Row:
         kwargs = self.prepared.model_kwargs
         text = {name for name, value in kwargs.items() if value is not None} <= USUAL
         return text and kwargs.get("attention_mask") is None and type(kwargs.get("past_key_values")) is DynamicCache
+
+    def _common(self) -> bool:
+        """Whether any text that begins alike has the same rows."""
+        places, module = self.prepared.model_kwargs.get("position_ids"), self.prepared.module
+        plain = places is None or torch.equal(places, torch.arange(places.shape[-1], device=places.device)[None])
+        changes = rotary_change(self.target.config, 0, self.longest, 0) is not None
+        return self._divisible() and plain and not changes and not why_not(module)
 
     def _prompt_logits(self) -> int:
         """Prompt positions whose logits are worth computing for drafters that learn from candidates."""
@@ -234,6 +252,7 @@ def _check(prepared: Prepared, target: Model, max_length: int | None) -> None:
         f"{type(prepared.module).__name__} takes no trees ({target.form.reason})": target.form.level != "tree",
         "it is several sequences": len(ids) != 1,
         "it brings a cache of its own": cache is not None and cache.get_seq_length() > 0,
+        "its KV rows are to live in the host's memory": getattr(cache, "offloading", False),
         "it brings embeddings": kwargs.get("inputs_embeds") is not None or not ids.shape[1],
         "its attention mask is longer than its text": mask is not None and mask.shape[1] != ids.shape[1],
         "it has no largest length": max_length is None,

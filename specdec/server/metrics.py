@@ -11,7 +11,8 @@ def exposition(pool: SessionPool, memory: Memory | None = None) -> str:
     now = {
         "pool_rows": ("Requests that are being decoded.", pool.rows_in_use),
         "pool_waiting": ("Requests that wait for a row.", pool.waiting),
-        "pool_cache_bytes": ("Bytes of KV rows.", pool.cache_bytes),
+        "pool_cache_bytes": ("Bytes of KV rows of requests that are being answered.", pool.cache_bytes),
+        "pool_kept_bytes": ("Bytes of KV rows of texts that have been answered.", pool.kept_bytes),
     }
     if memory is not None:
         now["memory_bytes"] = "Bytes of what drafters have learnt.", memory.bytes_used

@@ -1,0 +1,119 @@
+"""KV rows in the host's memory: the same tokens, and each layer's rows on their way before the layer is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import specdec
+from specdec.attach import attach
+from specdec.core import DraftTree
+from specdec.drafters import NgramDrafter, TriForceDrafter
+from specdec.model import Model
+from specdec.offloaded_cache import OffloadedCache, OffloadedLayer
+from specdec.policies import FixedPolicy
+from specdec.pool import SessionPool
+from tests import tiny
+from tests.tiny import Oracle, padded, prompt, quietly
+
+OFFLOADED = {"cache_implementation": "offloaded"}  # which plain ``generate`` can do on a GPU only
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Qwen2"])
+def test_the_tokens_are_those_of_plain_generate(kind: str) -> None:
+    model, inputs = tiny.build(kind, **({"sliding_window": 6} if kind == "Gemma2" else {})).double(), padded(9, 14, 5)
+    expected = model.generate(**inputs, max_new_tokens=30)
+    specdec.wrap(model, drafter=Oracle([row.tolist() for row in expected]), policy=FixedPolicy(12, 5, 6))
+    assert model.generate(**inputs, max_new_tokens=30, **OFFLOADED).tolist() == expected.tolist()
+    assert specdec.stats(model).accepted > 0
+    assert specdec.stats(model).plain_generations == 0
+
+
+def started(model: Any) -> Model:
+    """A model that has read a prompt."""
+    target = Model(model, attach(model).form)
+    cache = DynamicCache(config=model.config, offloading=True)
+    kwargs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    config = model.generation_config
+    config._mask_length = 20
+    with torch.no_grad():
+        target.start(prompt(20), config, kwargs)
+    return target
+
+
+def test_rows_are_fetched_while_the_layer_before_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, order = started(tiny.build("Llama", num_hidden_layers=3)), []
+    layers = target.cache.layers
+    for name in ("fetch", "update"):
+        do = getattr(OffloadedLayer, name)
+
+        def noted(layer: Any, *args: Any, name: str = name, do: Any = do) -> Any:
+            result = do(layer, *args)
+            order.append((name, layers.index(layer)))
+            return result
+
+        monkeypatch.setattr(OffloadedLayer, name, noted)
+    target.forward([DraftTree.root(5)])
+    assert order == [("update", 0), ("fetch", 1), ("update", 1), ("fetch", 2), ("update", 2)]
+    assert all(layer._ahead is None for layer in layers), "nothing stays on the device"
+
+
+def test_what_is_held_is_one_piece_of_the_hosts_memory() -> None:
+    target = started(tiny.build("Llama"))
+    assert isinstance(target.cache, OffloadedCache)
+    for layer in target.cache.slots:
+        for slots in layer.buffers:
+            assert slots[:, :, :20].permute(2, 0, 1, 3).is_contiguous()
+            assert slots.device.type == "cpu"
+
+
+def test_what_was_fetched_before_rows_changed_is_not_read() -> None:
+    model = tiny.build("Llama").double()
+    ours, plain = started(model), started(model)
+    tree = DraftTree(
+        torch.tensor([5, 6, 7]).numpy(), torch.tensor([-1, 0, 0]).numpy(), torch.ones(3).numpy(), ("",) * 3
+    )
+    for target in (ours, plain):
+        target.forward([tree])
+        for layer in target.cache.slots if target is ours else ():
+            layer.fetch(2)
+        target.keep([[0, 2]])
+        for layer in target.cache.slots if target is ours else ():
+            assert layer._ahead is None
+    mine, theirs = (each.forward([DraftTree.chain(8, [9, 10], [0.9, 0.8], "")]).logits for each in (ours, plain))
+    torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+
+
+def test_the_cache_that_is_returned_is_a_users() -> None:
+    model = tiny.build("Llama").double()
+    expected = model.generate(prompt(), max_new_tokens=12, return_dict_in_generate=True, eos_token_id=None)
+    specdec.wrap(model, drafter=Oracle([expected.sequences[0].tolist()]), policy=FixedPolicy(12, 5, 6))
+    ours = model.generate(
+        prompt(), max_new_tokens=12, return_dict_in_generate=True, eos_token_id=None, **OFFLOADED
+    ).past_key_values
+    assert ours.offloading
+    assert type(ours.layers[0]).__name__ == "DynamicLayer"
+    for mine, theirs in zip(ours.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        assert mine.device == torch.device("cpu")
+
+
+def test_triforce_reads_few_rows_of_many() -> None:
+    model = tiny.build("Llama", max_position_embeddings=512).double()
+    text = prompt(150)
+    expected = model.generate(text, max_new_tokens=40, eos_token_id=None)
+    drafter = TriForceDrafter(first=NgramDrafter(), budget=64, chunk=8)
+    specdec.wrap(model, drafter=drafter, policy=FixedPolicy(6, 6, 1))
+    assert model.generate(text, max_new_tokens=40, eos_token_id=None, **OFFLOADED).tolist() == expected.tolist()
+    assert specdec.stats(model).by_drafter["triforce"]["drafted"] > 0
+
+
+def test_in_a_pool_such_a_request_runs_alone() -> None:
+    model = tiny.build("Llama").double()
+    with SessionPool(model) as pool, quietly():
+        ours = pool.generate(prompt(), max_new_tokens=12, **OFFLOADED)
+        assert ours.tolist() == model.generate(prompt(), max_new_tokens=12).tolist()
+        assert any("host's memory" in reason for reason in pool.stats.reasons)
