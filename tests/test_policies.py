@@ -189,6 +189,15 @@ class TestNeverSlower:
         assert min(played.speed(100), played.speed(200), played.speed()) >= 0.98
 
     @pytest.mark.parametrize("table", TABLES)
+    def test_where_only_the_others_can_be_helped(self, table: str) -> None:
+        """A batch takes as long as its slowest row, and that one's passes get no cheaper by what the others guess."""
+        hopeless = (simulation.random_text(0, 100), simulation.random_text(1, 300))
+        easy = [(text[:100], text[100:]) for text in (simulation.repetitive_text(seed, 400, 0.0) for seed in range(3))]
+        played = play([*easy, hopeless], both, TABLES[table])
+        assert len(played.seconds) > 290
+        assert 300 * played.plain / sum(played.seconds) > 0.96
+
+    @pytest.mark.parametrize("table", TABLES)
     def test_where_what_was_good_turns_bad(self, table: str) -> None:
         """What is known of other texts is only where to start from."""
         texts = [(simulation.repetitive_text(0, 100), simulation.repetitive_text(0, 600)[100:])]

@@ -19,6 +19,9 @@ CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are b
 REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
+# How much less a row counts that is ahead: one that has written a tenth more than the last row, a sixth as much. What is
+# written at first is too little to tell by.
+LAG, START = 20.0, 16
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
 # What long first calls count, which may have compiled something: they are paid off in 4, 16, 64 times as long.
 COUNTS = (0.02, 0.08, 0.32)
@@ -64,6 +67,8 @@ class ThroughputPolicy:
     """Verifies the ``n`` likeliest nodes of each row for which tokens per second are most::
 
         (rows + sum of path probabilities) / (time of drafting + T(1 + n, context, rows))
+
+    A batch is done when its last row is, so rows that are ahead of the others count for less.
 
     T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
     in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
@@ -143,7 +148,7 @@ class ThroughputPolicy:
         paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
         for context, tree, kind in zip(contexts, trees, kinds, strict=True):
             context.scratch[self] = step, (len(context.tokens), tree, kind)
-        n = self._best(step, paths)
+        n = self._best(step, paths, self._weights(contexts))
         kept = [
             _likeliest(tree.parents, path, n) if tree.law is None else np.arange(len(tree))
             for tree, path in zip(trees, paths, strict=True)
@@ -151,12 +156,21 @@ class ThroughputPolicy:
         step.nodes = max(map(len, kept))
         return [tree.take(each) for tree, each in zip(trees, kept, strict=True)]
 
-    def _best(self, step: Step, paths: Sequence[Float[np.ndarray, " nodes"]]) -> int:
+    def _weights(self, contexts: Sequence[Context]) -> Float[np.ndarray, " rows"]:
+        """How much each row's tokens count; 1 together."""
+        written = np.array([len(context.tokens) - context.prompt_length for context in contexts]) + START
+        behind = (written.min() / written) ** LAG
+        weights: Float[np.ndarray, " rows"] = behind / behind.sum()
+        return weights
+
+    def _best(
+        self, step: Step, paths: Sequence[Float[np.ndarray, " nodes"]], weights: Float[np.ndarray, " rows"]
+    ) -> int:
         """How many nodes of each row to verify."""
         seconds = step.drafting + step.times[: max(map(len, paths))]
-        tokens = np.full(len(seconds), float(len(paths)))
-        for path in paths:
-            gain = np.sort(path[1:])[::-1][: len(seconds) - 1].cumsum()
+        tokens = np.ones(len(seconds))
+        for path, weight in zip(paths, weights, strict=True):
+            gain = weight * np.sort(path[1:])[::-1][: len(seconds) - 1].cumsum()
             tokens[1 : len(gain) + 1] += gain
             tokens[len(gain) + 1 :] += gain[-1] if len(gain) else 0.0
         affordable = seconds - step.times[0] <= step.text.allowance.left * step.times[0]
@@ -174,7 +188,10 @@ class ThroughputPolicy:
         if step.nodes:
             self.costs.learn(step.nodes, step.context, step.text.rows, verdicts[0].seconds)
             spent = (step.drafting + step.times[step.nodes - 1]) / step.times[0]
-            step.text.allowance.settle(spent, sum(len(verdict.tokens) for verdict in verdicts) / len(verdicts) - spent)
+            tokens = [len(verdict.tokens) for verdict in verdicts]
+            step.text.allowance.settle(
+                spent, float(np.average(tokens, weights=self._weights([context for context, *_ in known]))) - spent
+            )
             self.left = step.text.allowance.left
         for context, _, guess in known:
             if guess is not None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from specdec import adapters
 from specdec.attach import Attachment
@@ -39,7 +41,10 @@ class TooLarge(ValueError):  # noqa: N818
 
 
 class RowsPolicy(ThroughputPolicy):
-    """A ThroughputPolicy for a batch whose rows come and go: the costs of each step are those of the rows it has."""
+    """A ThroughputPolicy for rows that come and go: a step costs what its rows do, and none waits for another."""
+
+    def _weights(self, contexts: Sequence[Context]) -> Float[np.ndarray, " rows"]:
+        return np.full(len(contexts), 1 / len(contexts))
 
     def _learn(self, contexts: Sequence[Context]) -> Text | None:
         text = super()._learn(contexts)
