@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 METHODS := plain,plain+kernels,auto,auto+kernels,suffix+kernels,recycling+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv browser demo test test-all check bench bench-cost bench-agents bench-drafts architectures gpu wheel
+.PHONY: .venv browser demo test test-all check bench bench-cost bench-agents bench-questions bench-drafts bench-long architectures gpu wheel
 
 .venv: $(READY)
 
@@ -55,17 +55,34 @@ bench-cost: $(READY)
 	$(BIN)/python benchmarks/figures.py
 
 # Sessions, the pool and other libraries on top: what they gain end to end; about a quarter of an hour.
+# TRACES=FILE,FILE adds recorded conversations.
 bench-agents: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/sessions.py --repeats 2 --turns 5 --json benchmarks/results/sessions.json
+	$(if $(TRACES),$(BIN)/python benchmarks/sessions.py --agents "" --traces $(TRACES) --turns 5 --max-new-tokens 64 \
+	  --repeats 1 --json benchmarks/results/traces.json)
 	$(BIN)/python benchmarks/pool.py --repeats 1 --json benchmarks/results/pool.json
 	$(BIN)/python benchmarks/integrations.py --repeats 1 --json benchmarks/results/integrations.json
+	$(BIN)/python benchmarks/figures.py
+
+# Questions of others, QUESTIONS=FILE.jsonl, whose texts are not kept; SOURCE says whose they are.
+bench-questions: $(READY)
+	mkdir -p benchmarks/results artefacts
+	$(BIN)/specdec bench --questions $(QUESTIONS) --max-new-tokens 64 --prompts-per-workload 2 --repeats 1 \
+	  --methods plain,plain+kernels,auto+kernels,prompt-lookup+kernels --json artefacts/questions.json
+	$(BIN)/python benchmarks/without_texts.py artefacts/questions.json "$(SOURCE)" --json benchmarks/results/questions.json
 	$(BIN)/python benchmarks/figures.py
 
 # A trained draft, DRAFT=PATH: lengths, trees and temperatures, beside transformers' assisted generation.
 bench-drafts: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/drafts.py --draft $(DRAFT) --json benchmarks/results/drafts.json
+	$(BIN)/python benchmarks/figures.py
+
+# Caches of long texts, and what TriForce makes of them; about ten minutes.
+bench-long: $(READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/long_context.py --json benchmarks/results/long_context.json
 	$(BIN)/python benchmarks/figures.py
 
 # GPU tests and timings in one command, with the Python that is there; not yet run on a GPU.

@@ -3,11 +3,12 @@
     python benchmarks/sessions.py [--model PATH] [--repeats N] [--json OUT] [--traces FILE,FILE]
 
 Three scripted agents answer turn after turn, each prompt being all that was said before; recorded conversations may be
-added, in which what was said before is the record and not the model's own. "eager" is the model's own
-``generate`` on the whole prompt. The sessions keep KV rows from turn to turn; "cold" has an empty memory, "warm" one
-that has been through the work once, "loaded" the same from a file; "cold, own layers" goes without our CPU kernels. All
-answer each turn one after the other, in another order each time; the median over repeats counts. Where an answer is not
-eager's, no speed is given. What a model costs once in a process, self-test and timing, is not counted.
+added, or played alone with ``--agents ""``, in which what was said before is the record and not the model's own.
+"eager" is the model's own ``generate`` on the whole prompt. The sessions keep KV rows from turn to turn; "cold" has an
+empty memory, "warm" one that has been through the work once, "loaded" the same from a file; "cold, own layers" goes
+without our CPU kernels. All answer each turn one after the other, in another order each time; the median over repeats
+counts. Where an answer is not eager's, no speed is given. What a model costs once in a process, self-test and timing,
+is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specdec import Memory, Session, demo
 from specdec.bench.machine import machine
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False}
 METHODS = ("eager", "cold, own layers", "cold", "warm", "loaded")
 Message = dict[str, str]
 
@@ -41,13 +41,14 @@ class Agent:
     Attributes:
         start: the conversation before the first turn.
         turns: what is said before each answer.
-        recorded: whether earlier answers are among that; else the agent's own are.
+        recorded: the conversation it is taken from, earlier answers being among what is said; "" where they are the
+            agent's own.
     """
 
     name: str
     start: tuple[Message, ...]
     turns: tuple[tuple[Message, ...], ...]
-    recorded: bool = False
+    recorded: str = ""
 
 
 def scripted(name: str, system: str, examples: Sequence[tuple[str, str]], turns: Sequence[str]) -> Agent:
@@ -58,12 +59,23 @@ def scripted(name: str, system: str, examples: Sequence[tuple[str, str]], turns:
     return Agent(name, tuple(start), tuple(({"role": "user", "content": turn},) for turn in turns))
 
 
-def recorded(path: Path) -> Agent:
-    """The first conversation of a JSONL file of transcripts; see docs/replay.md."""
+def recorded(path: Path, fits: Callable[[list[Message]], bool], most: int) -> Agent:
+    """The first conversation of a file of transcripts (see docs/replay.md) whose first turns, at most so many, all fit.
+
+    Raises:
+        ValueError: there is none.
+    """
     with path.open(encoding="utf-8") as lines:
-        said = tuple({"role": each["role"], "content": each["content"]} for each in json.loads(next(lines))["messages"])
-    answers = [i for i, message in enumerate(said) if i > 0 and message["role"] == "assistant"]
-    return Agent(path.stem, (), tuple(said[i:j] for i, j in zip([0, *answers], answers, strict=False)), recorded=True)
+        for number, line in enumerate(lines, 1):
+            entry = json.loads(line)
+            said = [{"role": each["role"], "content": each["content"]} for each in entry["messages"]]
+            answers = [i for i, message in enumerate(said) if i > 0 and message["role"] == "assistant"][:most]
+            if answers and fits(said[: answers[-1]]):
+                turns = tuple(tuple(said[i:j]) for i, j in pairwise([0, *answers]))
+                return Agent(path.stem, (), turns, str(entry.get("session", f"line {number}")))
+            why = f"its first {len(answers)} turns do not fit the model" if answers else "nothing is answered in it"
+            print(f"{path}, line {number}: passed over, {why}")
+    raise ValueError(f"{path}: no conversation of which {most} turns fit; ask for fewer")
 
 
 def call(tool: str, **arguments: str) -> str:
@@ -151,14 +163,16 @@ class Bench:
         path: where it was saved.
     """
 
-    def __init__(self, model: Any, eager: Any, tokenizer: Any, path: Path, agents: Sequence[Agent], most: int) -> None:
+    def __init__(
+        self, model: Any, eager: Any, tokenizer: Any, path: Path, agents: Sequence[Agent], most: int, tokens: int
+    ) -> None:
         self.model, self.eager, self.tokenizer, self.path = model, eager, tokenizer, path
-        self.agents, self.most = agents, most
+        self.agents, self.most, self.settings = agents, most, {"max_new_tokens": tokens, "do_sample": False}
         self.figures: dict[tuple[str, str, int], Figures] = {}
         self.trained = Memory()
         for agent in agents:  # before the first repeat: nothing of it is timed
             with Session(self.model, self.tokenizer, memory=self.trained, namespace=agent.name) as session:
-                self._converse(agent, lambda turn, messages, ask=session.chat: ask(messages, **SETTINGS))
+                self._converse(agent, lambda turn, messages, ask=session.chat: ask(messages, **self.settings))
         self.trained.save(path)
         with Session(self.eager, self.tokenizer, cpu_kernels=False) as session:
             session.chat([{"role": "user", "content": "Hello."}], max_new_tokens=8)
@@ -198,7 +212,7 @@ class Bench:
         figures = self.figures.setdefault((method, agent.name, turn), Figures())
         answer: Callable[..., str] = self._plain if session is None else session.chat
         start = time.perf_counter()
-        said = answer(messages, **SETTINGS)
+        said = answer(messages, **self.settings)
         figures.seconds.append(time.perf_counter() - start)
         if session is not None:
             counts = session.turns[-1]
@@ -222,6 +236,15 @@ class Bench:
         own = [agent.name for agent in self.agents if not agent.recorded]
         groups += [own] if len(own) > 1 else []
         return [self._record(method, some) for method in METHODS for some in groups]
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """Which conversations were played, and how long their prompts were, in tokens."""
+        return [self._conversation(agent) for agent in self.agents if agent.recorded]
+
+    def _conversation(self, agent: Agent) -> dict[str, Any]:
+        turns = [turn for (method, name, _), turn in self.figures.items() if (method, name) == ("cold", agent.name)]
+        longest = max(turn.prompt // len(turn.seconds) for turn in turns)
+        return {"agent": agent.name, "conversation": agent.recorded, "turns": len(turns), "longest_prompt": longest}
 
     def _record(self, method: str, agents: list[str]) -> dict[str, Any]:
         def of(which: str) -> list[Figures]:
@@ -248,17 +271,32 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="a directory or hub id")
     parser.add_argument("--repeats", type=int, default=3, help="of the whole work")
     parser.add_argument("--turns", type=int, default=9, help="of each agent, at most")
-    parser.add_argument("--agents", default=",".join(agent.name for agent in AGENTS), help="names, by commas")
-    parser.add_argument("--traces", default="", help="files of recorded conversations, the first of each, by commas")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="of each answer")
+    parser.add_argument(
+        "--agents", default=",".join(agent.name for agent in AGENTS), help='names, by commas; "" for none'
+    )
+    parser.add_argument(
+        "--traces",
+        default="",
+        help="files of recorded conversations, by commas; of each the first one whose turns fit the model's positions",
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
-    agents = [agent for agent in AGENTS if agent.name in given.agents.split(",")]
-    agents += [recorded(Path(name)) for name in given.traces.split(",") if name]
     path = demo.resolve(given.model)
     model, eager = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    longest = model.config.max_position_embeddings - given.max_new_tokens
+
+    def fits(messages: list[Message]) -> bool:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= longest
+
+    agents = [agent for agent in AGENTS if agent.name in given.agents.split(",")]
+    agents += [recorded(Path(name), fits, given.turns) for name in given.traces.split(",") if name]
+    if not agents:
+        parser.error(f"no agents: --agents knows {', '.join(agent.name for agent in AGENTS)}, --traces takes files")
     with TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        bench = Bench(model, eager, tokenizer, Path(folder, "memory"), agents, given.turns)
+        bench = Bench(model, eager, tokenizer, Path(folder, "memory"), agents, given.turns, given.max_new_tokens)
         for number in range(given.repeats):
             bench.repeat(number)
         size = bench.path.stat().st_size
@@ -270,9 +308,10 @@ def main() -> None:
             f"{record['tokens_per_step']:5.2f} tokens/step {100 * record['reused']:3.0f}% of the prompts kept"
         )
     if given.json:
-        facts = {"machine": machine(model, given.model), "repeats": given.repeats, **SETTINGS}
+        facts = {"machine": machine(model, given.model), "repeats": given.repeats, **bench.settings}
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**facts, "memory_bytes": size, "sessions": results}, indent=1) + "\n")
+        report = {**facts, "memory_bytes": size, "recorded": bench.recorded(), "sessions": results}
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Each assistant message, or row that benchmarks/record.py wrote, is replayed against all that came before it, sessions in
 file order, by every drafter in turn. A step drafts, accepts what the recorded response confirms, and commits one token
-more. Times are of the drafter's own calls, the reading of prompts included; the best of several passes.
+more. Times are of the drafter's own calls, the reading of prompts included, and not of what hands it the text or reads
+its drafts; of each response's times in several passes the least counts, so that other work on the machine does not.
 arctic-inference, Snowflake's C++ (Apache-2.0), is left out where it is not installed.
 """
 
@@ -30,16 +31,22 @@ Turn = tuple[np.ndarray, np.ndarray]  # what came before, and the response
 
 
 class Player(Protocol):
-    """A drafter under replay; only what its methods do is timed."""
+    """A drafter under replay; ``start``, ``draft``, ``learn`` and ``stop`` are timed."""
 
     def start(self, prompt: np.ndarray) -> None:
         """Begin a response."""
 
-    def draft(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and parents, the root first."""
+    def draft(self) -> Any:
+        """A tree, as the drafter makes it."""
+
+    def tree(self, drafted: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Its tokens and parents, the root first."""
 
     def commit(self, tokens: np.ndarray) -> None:
-        """Append to the response."""
+        """Append to the text."""
+
+    def learn(self, tokens: np.ndarray) -> None:
+        """Tell what was appended, if the drafter does not look."""
 
     def stop(self) -> None:
         """End the response."""
@@ -56,19 +63,25 @@ class Ours:
         self.root, self.path = DraftTree.root(0), np.zeros(1, np.int64)  # of verdicts, which are no drafter's work
 
     def start(self, prompt: np.ndarray) -> None:
-        self.context = Context(prompt)
+        self.contexts = [Context(prompt)]
 
-    def draft(self) -> tuple[np.ndarray, np.ndarray]:
-        [tree] = self.drafter.draft([self.context], self.budgets)
-        return tree.tokens, tree.parents
+    def draft(self) -> DraftTree:
+        tree: DraftTree = self.drafter.draft(self.contexts, self.budgets)[0]
+        return tree
+
+    def tree(self, drafted: DraftTree) -> tuple[np.ndarray, np.ndarray]:
+        return drafted.tokens, drafted.parents
 
     def commit(self, tokens: np.ndarray) -> None:
-        self.context.extend(Verdict(self.root, self.path, tokens))
+        self.contexts[0].extend(Verdict(self.root, self.path, tokens))
+
+    def learn(self, tokens: np.ndarray) -> None:
+        pass
 
     def stop(self) -> None:
-        self.context.finished = True
-        self.drafter.draft([self.context], [Budget(0, 0, 0)])
-        del self.context
+        self.contexts[0].finished = True
+        self.drafter.draft(self.contexts, [Budget(0, 0, 0)])
+        del self.contexts
 
     def memory(self) -> int:
         return int(self.drafter.bytes_used)
@@ -88,13 +101,17 @@ class Arctic:
         self.name, self.tail = next(self.names), prompt[-self.depth :]
         self.cache.start_request(self.name, prompt)
 
-    def draft(self) -> tuple[np.ndarray, np.ndarray]:
-        found = self.cache.speculate(self.name, self.tail, **self.limits)
-        return np.array([0, *found.token_ids]), np.array([-1, *(parent + 1 for parent in found.parents)])
+    def draft(self) -> Any:
+        return self.cache.speculate(self.name, self.tail, **self.limits)
+
+    def tree(self, drafted: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([0, *drafted.token_ids]), np.array([-1, *(parent + 1 for parent in drafted.parents)])
 
     def commit(self, tokens: np.ndarray) -> None:
-        self.cache.add_active_response(self.name, tokens)
         self.tail = np.concatenate([self.tail, tokens])[-self.depth :]
+
+    def learn(self, tokens: np.ndarray) -> None:
+        self.cache.add_active_response(self.name, tokens)
 
     def stop(self) -> None:
         self.cache.stop_request(self.name)
@@ -105,42 +122,51 @@ class Arctic:
 
 @dataclass
 class Result:
-    """What a replay came to; seconds are the drafter's."""
+    """What a replay came to.
 
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
-    seconds: float = 0.0
-    memory: int = 0
+    Attributes:
+        seconds: the drafter's, by response.
+        memory: bytes held at the end.
+    """
+
+    tokens: int
+    steps: int
+    drafted: int
+    seconds: np.ndarray
+    memory: int
 
 
 def replay(player: Player, turns: Sequence[Turn]) -> Result:
     """Play all responses, in order. Raises AssertionError where one does not come out as recorded."""
-    result, clock = Result(), time.perf_counter
-    for prompt, response in turns:
+    played = [play(player, *turn) for turn in turns]
+    steps, drafted, seconds = zip(*played, strict=True)
+    tokens = sum(len(response) for _, response in turns)
+    return Result(tokens, sum(steps), sum(drafted), np.array(seconds), player.memory())
+
+
+def play(player: Player, prompt: np.ndarray, response: np.ndarray) -> tuple[int, int, float]:
+    """Play one response: steps, drafted tokens, and seconds."""
+    clock, done, steps, guessed = time.perf_counter, 0, 0, 0
+    began = clock()
+    player.start(prompt)
+    seconds = clock() - began
+    while done < len(response):
         began = clock()
-        player.start(prompt)
-        result.seconds += clock() - began
-        done = 0
-        while done < len(response):
-            began = clock()
-            tokens, parents = player.draft()
-            result.seconds += clock() - began
-            path = trees.follow(tokens, parents, response[done:-1].astype(np.int64))
-            new = response[done : done + len(path)]
-            assert (tokens[path[1:]] == new[: len(path) - 1]).all()
-            began = clock()
-            player.commit(new)
-            result.seconds += clock() - began
-            done += len(path)
-            result.steps, result.drafted = result.steps + 1, result.drafted + len(tokens) - 1
-        assert done == len(response)
+        drafted = player.draft()
+        seconds += clock() - began
+        tokens, parents = player.tree(drafted)
+        path = trees.follow(tokens, parents, response[done:-1].astype(np.int64))
+        new = response[done : done + len(path)]
+        assert (tokens[path[1:]] == new[: len(path) - 1]).all()
+        player.commit(new)
         began = clock()
-        player.stop()
-        result.seconds += clock() - began
-        result.tokens += done
-    result.memory = player.memory()
-    return result
+        player.learn(new)
+        seconds += clock() - began
+        done, steps, guessed = done + len(path), steps + 1, guessed + len(tokens) - 1
+    assert done == len(response)
+    began = clock()
+    player.stop()
+    return steps, guessed, seconds + clock() - began
 
 
 def players(nodes: int, max_depth: int = 64) -> Iterator[tuple[str, Callable[[], Player]]]:
@@ -181,7 +207,7 @@ def row(trace: str, who: str, result: Result) -> dict[str, Any]:
         "tokens": result.tokens,
         "tokens_per_step": result.tokens / result.steps,
         "accepted_of_drafted": (result.tokens - result.steps) / max(result.drafted, 1),
-        "us_per_token": 1e6 * result.seconds / result.tokens,
+        "us_per_token": 1e6 * result.seconds.sum() / result.tokens,
         "bytes_per_token": result.memory / result.tokens,
     }
 
@@ -192,7 +218,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--tokenizer", required=True, help="a directory or hub id")
     parser.add_argument("--nodes", type=int, default=32, help="guesses per step at most")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures, too")
     parser.add_argument("--only", nargs="*", help="names of players")
     arguments = parser.parse_args()
@@ -208,7 +234,9 @@ def main() -> None:
             replay(make(), turns[:3])  # compiles
         runs = [{name: replay(make(), turns) for name, make in who.items()} for _ in range(arguments.repeats)]
         for name in who:
-            best = row(path.stem, name, min((run[name] for run in runs), key=lambda result: result.seconds))
+            result = runs[0][name]
+            result.seconds = np.min([run[name].seconds for run in runs], axis=0)
+            best = row(path.stem, name, result)
             rows.append(best)
             print(
                 f"{path.stem:20} {name:12} {best['tokens_per_step']:6.3f} {best['accepted_of_drafted']:6.3f} "

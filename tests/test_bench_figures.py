@@ -9,6 +9,8 @@ from pathlib import Path
 import cost
 import figures
 import pytest
+import typer
+import without_texts
 
 from specdec.bench import report, run
 from specdec.bench.measure import Run
@@ -117,6 +119,23 @@ def test_what_a_pass_costs(model, tmp_path, monkeypatch, capsys):
     assert f"{1e3 * four:.1f} / {written['limit'] / four:.0%} / {four / one:.2f}" in text
     assert f"| ours | {one / written['limit']:.2f} | {four / one:.2f} |" in text
     assert "context 1024 nodes 16 plain " in capsys.readouterr().out
+
+
+def test_others_questions_are_shown_without_their_texts(tmp_path):
+    of = {"machine": {"model": "m", "parameters": 1, "dtype": "d", "attention": "a", "device": "c", "threads": 1}}
+    of["machine"] |= {"torch": "1", "transformers": "2"}
+    report = {"max_new_tokens": 4, "repeats": 1, "overhead": OVERHEAD, "differences": [], "results": [], **of}
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "report.json").write_text(json.dumps(report | {"questions": ["a secret"], "outputs": ["another"]}))
+    without_texts.main(tmp_path / "report.json", "a set of questions", tmp_path / "shown" / "some.json")
+    written = (tmp_path / "shown" / "some.json").read_text()
+    assert "secret" not in written
+    assert "another" not in written
+    assert json.loads(written)["source"] == "a set of questions"
+    (tmp_path / "report.json").write_text(json.dumps(report | {"differences": [{"text": "they differ"}]}))
+    with pytest.raises(typer.BadParameter, match="tokens differed"):
+        without_texts.main(tmp_path / "report.json", "", tmp_path / "other.json")
+    assert figures.speeds.figures(tmp_path / "shown") == "not measured yet"
 
 
 def test_a_made_up_text_leaves_the_model_as_it_was(model):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sessions
 from tables import agents
 
@@ -31,6 +32,16 @@ def test_sessions(tmp_path: Path) -> None:
     text = agents.sessions(write(tmp_path, sessions=[run | {"method": "eager"}, other, ours]))
     assert "| agent | eager | cold | warm |" in text
     assert "| clerk | 2.0 s | tokens differ / 1.00 / 50% | 3.25x / 4.00 / 50% |" in text
+    assert "recorded" not in text
+
+
+def test_recorded_conversations_are_named_below_the_table(tmp_path: Path) -> None:
+    """A run of them alone stands in a report of its own, behind that of the scripted agents."""
+    played = {"agent": "tau", "conversation": "tau/7", "turns": 5, "longest_prompt": 1234}
+    runs = [RUN | {"method": name, "agent": "tau", "reused": 0.5} for name in ("eager", "cold")]
+    text = agents.sessions(write(tmp_path, sessions=runs, recorded=[played]))
+    assert "| tau | 2.0 s | 1.00x / 1.00 / 50% |" in text
+    assert text.endswith("`tau`: the first 5 turns of the recorded conversation tau/7, prompts of up to 1234 tokens.")
 
 
 def test_pool(tmp_path: Path) -> None:
@@ -52,10 +63,38 @@ def test_integrations(tmp_path: Path) -> None:
     assert "`langchain` was left out: not installed." in text
 
 
+ROLES = ("system", "user", "assistant", "tool", "assistant", "user")
+
+
+def transcripts(path: Path, *conversations: tuple[str, str]) -> Path:
+    """A file of conversations: a name, and what is said, a letter each."""
+    lines = [
+        {"session": name, "messages": [{"role": role, "content": c} for role, c in zip(ROLES, said, strict=False)]}
+        for name, said in conversations
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def test_a_recorded_conversation_says_what_came_before_each_answer(tmp_path: Path) -> None:
-    said = [("system", "s"), ("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), ("user", "e")]
-    messages = [{"role": role, "content": content} for role, content in said]
-    (tmp_path / "some.jsonl").write_text(json.dumps({"session": "x", "messages": messages}) + "\n")
-    agent = sessions.recorded(tmp_path / "some.jsonl")
+    path = transcripts(tmp_path / "some.jsonl", ("x", "sabcde"))
+    agent = sessions.recorded(path, lambda messages: True, 9)
     assert [[message["content"] for message in turn] for turn in agent.turns] == [["s", "a"], ["b", "c"]]
-    assert agent.recorded
+    assert (agent.name, agent.recorded) == ("some", "x")
+    assert len(sessions.recorded(path, lambda messages: True, 1).turns) == 1
+
+
+def test_the_first_conversation_that_fits_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last prompt counts, up to the turns that are asked for; what is passed over is told."""
+    path = transcripts(tmp_path / "some.jsonl", ("unanswered", "sa"), ("long", "SABCDE"), ("short", "sabcde"))
+
+    def fits(messages: list[sessions.Message]) -> bool:
+        return sum(message["content"].isupper() for message in messages) <= 2
+
+    assert sessions.recorded(path, fits, 9).recorded == "short"
+    told = capsys.readouterr().out
+    assert "line 1: passed over, nothing is answered in it" in told
+    assert "line 2: passed over, its first 2 turns do not fit the model" in told
+    assert sessions.recorded(path, fits, 1).recorded == "long"
+    with pytest.raises(ValueError, match="no conversation of which 9 turns fit"):
+        sessions.recorded(path, lambda messages: False, 9)

@@ -391,7 +391,7 @@ def test_threads_share_a_drafter():
     for thread in threads:
         thread.join()
     assert not faults
-    for forest in drafter._shared.values():
+    for forest in drafter._shared.items().values():
         assert_sound(forest)
 
 

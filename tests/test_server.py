@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import torch
 
 from specdec import timing
+from specdec.server.grammars import held_to
 from specdec.server.schema import Message
 from tests import served, tiny
 from tests.served import NAME, Served
@@ -73,6 +76,12 @@ def test_it_writes_what_generate_writes(running: Served, client: Any) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (11, 40, 51)
     assert usage.specdec["steps"] < 30, "what was written before is drafted"
     assert usage.specdec["tokens_per_step"] == pytest.approx(40 / usage.specdec["steps"])
+
+
+def test_usage_tells_what_need_not_be_read_again(client: Any) -> None:
+    said = [{"role": "user", "content": "the same long question, word for word, " * 3}]
+    usages = [ask(client, messages=said).usage for _ in range(2)]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, usages[1].prompt_tokens - 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": "U"}, {"n": 3, "temperature": 1.0, "seed": 5}], ids=str)
@@ -187,6 +196,73 @@ def test_a_prediction_is_drafted(client: Any) -> None:
     assert wrong.usage.completion_tokens_details.accepted_prediction_tokens < 5
 
 
+def penalised(running: Served, frequency: float, presence: float, bias: dict[int, float]) -> str:
+    """Greedy, token by token, by OpenAI's formula."""
+    ids = prompt = running.pool.tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
+    for _ in range(40):
+        scores = running.model(torch.tensor([ids])).logits[0, -1]
+        written = torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.long), minlength=len(scores))
+        scores = scores - frequency * written - presence * (written > 0)
+        for id, value in bias.items():
+            scores[id] += value
+        ids = [*ids, int(scores.argmax())]
+    return spelt(running, ids[len(prompt) :])
+
+
+@pytest.mark.parametrize(
+    ("frequency", "presence", "bias"),
+    [(0.5, 0.0, {}), (0.0, 1.5, {}), (-0.3, 0.2, {70: 0.1, 1: -100.0}), (0, 0, {70: 9})],
+)
+def test_penalties_are_openais(
+    running: Served, client: Any, frequency: float, presence: float, bias: dict[int, float]
+) -> None:
+    options = {"frequency_penalty": frequency, "presence_penalty": presence, "logit_bias": bias}
+    wanted = penalised(running, frequency, presence, bias)
+    assert wanted != plain(running)
+    assert ask(client, **options).choices[0].message.content == wanted
+
+
+class Shape(pydantic.BaseModel):
+    """What an answer is to look like."""
+
+    name: Literal["ada", "bob"]
+    known: bool
+
+
+class TestJson:
+    def test_of_a_schema(self, running: Served, client: Any) -> None:
+        pytest.importorskip("xgrammar")
+        answer = client.chat.completions.parse(
+            model=NAME, messages=HELLO, response_format=Shape, n=2, seed=1, temperature=1, logprobs=True
+        )
+        for choice in answer.choices:
+            assert isinstance(choice.message.parsed, Shape)
+            assert choice.finish_reason == "stop"
+            assert len(choice.logprobs.content) == len(choice.message.content)
+        grammar = running.service._grammars.json(openai.pydantic_function_tool(Shape)["function"]["parameters"])
+        text = plain(running, logits_processor=[held_to(grammar)], do_sample=True, seed=1, top_k=0, max_new_tokens=99)
+        assert answer.choices[0].message.content == text
+
+    def test_any_object(self, client: Any) -> None:
+        pytest.importorskip("xgrammar")
+        chunks = ask(client, response_format={"type": "json_object"}, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).startswith(("{}", '{"'))
+
+    def test_of_what_is_no_schema(self, client: Any) -> None:
+        pytest.importorskip("xgrammar")
+        wanted = {"name": "x", "schema": {"type": "none of these"}}
+        with pytest.raises(openai.BadRequestError, match="no grammar can be made") as error:
+            ask(client, response_format={"type": "json_schema", "json_schema": wanted})
+        assert error.value.param == "response_format"
+
+    def test_without_xgrammar(self, running: Served, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(running.service._grammars, "_compiler", None)
+        monkeypatch.setitem(sys.modules, "xgrammar", None)
+        with pytest.raises(openai.BadRequestError, match="install xgrammar") as error:
+            ask(client, response_format={"type": "json_object"})
+        assert error.value.param == "response_format"
+
+
 TOOL = {
     "type": "function",
     "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
@@ -247,6 +323,9 @@ def test_padding_in_a_prompt_is_text(running: Served, client: Any) -> None:
 def test_facts(running: Served, client: Any) -> None:
     (model,) = client.models.list().data
     assert model.id == NAME
+    assert client.models.retrieve(NAME) == model
+    with pytest.raises(openai.NotFoundError, match="there is no model 'an/other'"):
+        client.models.retrieve("an/other")
     ask(client)
     text = client.with_options().get("/../metrics", cast_to=str)
     values = dict(re.findall(r"^(\S+) (\S+)$", text, re.M))

@@ -73,7 +73,7 @@ def play(url: str, examples: int) -> Counter[int]:
 @pytest.mark.parametrize("examples", [12, pytest.param(150, marks=pytest.mark.slow)])
 def test_every_answer_is_one_that_is_promised(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TIMING_SECONDS", 0.0)
-    limits = {"max_rows": 8, "max_waiting": 16, "max_new_tokens": 24, "max_body_bytes": 100_000, "timeout": 30.0}
+    limits = {"max_rows": 8, "max_waiting": 16, "max_new_tokens": 24, "max_body_bytes": 100_000, "timeout": FOR_EVER}
     with served.served(served.model(), [TOKEN], **limits) as made:
         statuses = play(made.url, examples)
         assert all(statuses[status] > 0 for status in (200, 400, 401)), statuses

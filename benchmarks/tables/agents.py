@@ -22,7 +22,15 @@ def _sessions_section(report: Report) -> str:
     eager = {r["agent"]: f"{r['seconds']:.1f} s" for r in report["sessions"] if r["method"] == "eager"}
     names = list(dict.fromkeys(method for _, method in cells))
     rows = [[agent, seconds, *(cells[agent, name] for name in names)] for agent, seconds in eager.items()]
-    return f"{head}\n\n{table(['agent', 'eager', *names], rows)}"
+    said = [_conversation(each) for each in report.get("recorded", [])]
+    return "\n\n".join([head, table(["agent", "eager", *names], rows), *said])
+
+
+def _conversation(r: Report) -> str:
+    return (
+        f"`{r['agent']}`: the first {r['turns']} turns of the recorded conversation {r['conversation']}, "
+        f"prompts of up to {r['longest_prompt']} tokens."
+    )
 
 
 def _session_cell(r: Report) -> str:

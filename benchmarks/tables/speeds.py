@@ -10,15 +10,14 @@ from tables.markdown import Report, check_quiet, machine, read, table
 
 
 def figures(directory: Path, methods: Sequence[str] = (), against: bool = False) -> str:
-    """All reports of speed in a directory in Markdown.
+    """All reports of speed in a directory in Markdown; those on others' questions only ``against`` other methods.
 
     Args:
         methods: which to show; all by default.
         against: whether to show speeds over other methods than plain ``generate`` too.
     """
-    return (
-        "\n\n".join(section(report, methods, against) for report in read(directory, "overhead")) or "not measured yet"
-    )
+    reports = [report for report in read(directory, "overhead") if against or "source" not in report]
+    return "\n\n".join(section(report, methods, against) for report in reports) or "not measured yet"
 
 
 def section(report: Report, methods: Sequence[str], against: bool) -> str:
@@ -50,8 +49,9 @@ def _loops(results: Sequence[Report], methods: Sequence[str]) -> str:
 
 
 def _speed_machine(report: Report) -> str:
+    asked = f"Asked: {report['source']}. " if "source" in report else ""
     return (
-        f"{machine(report['machine'])}; greedy, batch "
+        f"{asked}{machine(report['machine'])}; greedy, batch "
         f"1, at most {report['max_new_tokens']} tokens, timed runs of each prompt: up to {report['repeats']}. Speed of "
         "decoding over plain `generate` (median over prompts, in brackets its 95% interval) / tokens per pass:"
     )

@@ -28,9 +28,13 @@ def _replay_table(report: Report) -> str:
 def _append_table(append: dict[str, list[Report]]) -> str:
     """One line of each limit of memory, one column of each million tokens."""
     millions = [f"{r['million']}" for r in next(iter(append.values()))]
+    worked = all("cpu_us_per_token" in r for taken in append.values() for r in taken)
+    time = "cpu_us_per_token" if worked else "us_per_token"
     rows = [
-        [limit, *(f"{r['us_per_token']:.1f} / {r['bytes_per_token_held']:.0f}" for r in taken)]
-        for limit, taken in append.items()
+        [limit, *(f"{r[time]:.1f} / {r['bytes_per_token_held']:.0f}" for r in taken)] for limit, taken in append.items()
     ]
-    head = "Microseconds of appending a token, in each million of them / bytes of each that is held, by `max_bytes`:"
+    head = (
+        f"Microseconds{' of CPU time' if worked else ''} of appending a token, in each million of them / bytes of each "
+        "that is held, by `max_bytes`:"
+    )
     return f"{head}\n\n{table(['million', *millions], rows)}"

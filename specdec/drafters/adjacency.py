@@ -58,6 +58,10 @@ class Adjacency:
         with self.lock:
             return self.matrix.copy()
 
+    @property
+    def bytes_used(self) -> int:
+        return self.matrix.nbytes
+
     def _reserve(self, token: int) -> None:
         rows, k = self.matrix.shape
         if token >= rows:

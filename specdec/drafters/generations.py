@@ -71,16 +71,15 @@ class Generations:
             limits: nodes, depth, width, factor, offset and min_probability, as for ``SuffixTree.draft``.
         """
         nodes, depth, width, factor, offset, least = limits
-        found, paths = Draft.room(nodes, self._max_depth, factor, offset)
+        found, paths = np.empty((3, nodes + 1), np.int64), np.empty(nodes + 1, np.float32)
         size, score, match, new, left = suffix_draft_numba.advance(
             own.block,
             self.young.block,
             self.old.block,
             acceptance.accepted,
             acceptance.offered,
-            guess.tokens,
-            guess.parents,
-            guess.kinds,
+            guess.nodes,
+            guess.size,
             tokens,
             said,
             newest,
@@ -93,7 +92,7 @@ class Generations:
             least,
         )
         if new == left == 0:
-            return Draft.read(found, paths, size, score, match)
+            return Draft(found, paths, size, score, match)
         own.extend(tokens[len(tokens) - new :])  # there was no room
         self.extend(tokens[len(tokens) - left :])
         return self.advance(own, acceptance, NO_DRAFT, tokens, 0, newest, limits)

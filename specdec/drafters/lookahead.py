@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from weakref import WeakSet
 
@@ -16,6 +15,7 @@ from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import lookahead_numba as kernels
 from specdec.drafters import votes
+from specdec.drafters.namespaces import Namespaces
 from specdec.drafters.trie import Trie
 
 KIND, VERSION = "lookahead", 1
@@ -60,10 +60,10 @@ class LookaheadDrafter:
             raise ValueError(f"shared_share must be from 0 to 1, got {shared_share}")
         self.branch, self.max_query, self.shared_share, self.max_bytes = branch, max_query, shared_share, max_bytes
         self._own: WeakSet[Trie] = WeakSet()
-        self._shared: OrderedDict[str, Trie] = OrderedDict()
+        self._shared = Namespaces(lambda: Trie(branch + 1, LARGEST_SHARED, max_bytes), max_bytes=max_bytes)
         self._acceptance = Acceptance(prior(), weight=4.0)
         self._lock = threading.Lock()
-        self._trie(LARGEST_OWN)  # too few bytes are refused here, not in the middle of a text
+        self._own_trie()  # too few bytes are refused here, not in the middle of a text
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, within its budget; the root alone where the last token is new."""
@@ -71,18 +71,13 @@ class LookaheadDrafter:
 
     def reset(self, namespace: str | None = None) -> None:
         """Forget what one namespace wrote, or everything that was learnt."""
-        with self._lock:
-            if namespace is None:
-                self._shared.clear()
-                self._acceptance = Acceptance(prior(), weight=4.0)
-            else:
-                self._shared.pop(namespace, None)
+        self._shared.forget(namespace)
+        if namespace is None:
+            self._acceptance = Acceptance(prior(), weight=4.0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that was learnt to ``path``, which changes at once or, on OSError, not at all."""
-        with self._lock:
-            shared, acceptance = dict(self._shared), self._acceptance
-        arrays = acceptance.counts()
+        shared, arrays = self._shared.items(), self._acceptance.counts()
         for i, trie in enumerate(shared.values()):
             with trie.lock:
                 arrays[f"trie.{i}"] = trie.rows()
@@ -103,20 +98,18 @@ class LookaheadDrafter:
             )
         if facts.get("branch") != self.branch:
             raise ValueError(f"{path} has branches of {facts.get('branch')} tokens, this drafter of {self.branch}")
-        shared = OrderedDict((name, self._trie(LARGEST_SHARED)) for name in names)
+        shared = {name: self._shared.make() for name in names}
         for i, trie in enumerate(shared.values()):
             trie.fill(arrays[f"trie.{i}"])
-        acceptance = restored(arrays["accepted"], arrays["offered"])
-        with self._lock:
-            self._shared, self._acceptance = shared, acceptance
-            self._forget_oldest()
+        self._acceptance = restored(arrays["accepted"], arrays["offered"])
+        self._shared.replace(shared)
 
     @property
     def bytes_used(self) -> int:
         """Bytes held for all namespaces, for living contexts and for what was learnt."""
         with self._lock:
-            tries = [*self._shared.values(), *self._own]
-            return self._acceptance.bytes_used + sum(trie.bytes_used for trie in tries)
+            own = sum(trie.bytes_used for trie in self._own)
+        return own + self._shared.bytes_used + self._acceptance.bytes_used
 
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
         tokens, root = context.tokens, int(context.tokens[-1])
@@ -141,13 +134,12 @@ class LookaheadDrafter:
         if guess:
             self._acceptance.learn(*guess, tokens[known:])
         own.count(tokens, known)
-        shared, output = self._memory(context.namespace), tokens[context.prompt_length :]
+        shared, output = self._shared[context.namespace], tokens[context.prompt_length :]
         before = shared.bytes_used
         with shared.lock:
             shared.count(output, max(0, known - context.prompt_length))
         if shared.bytes_used > before:
-            with self._lock:
-                self._forget_oldest()
+            self._shared.trim()
         if not context.finished:
             context.scratch[self] = own, len(tokens), None
         return own, shared
@@ -156,27 +148,13 @@ class LookaheadDrafter:
         """A context's own trie, how many tokens are in it, and the last guess."""
         state: tuple[Trie, int, Guess | None] | None = context.scratch.pop(self, None)
         if state is None:
-            state = self._trie(LARGEST_OWN), 0, None
+            state = self._own_trie(), 0, None
             with self._lock:
                 self._own.add(state[0])
         return state
 
-    def _memory(self, namespace: str) -> Trie:
-        with self._lock:
-            shared = self._shared.get(namespace)
-            if shared is None:
-                shared = self._shared[namespace] = self._trie(LARGEST_SHARED)
-                self._forget_oldest()
-            self._shared.move_to_end(namespace)
-            return shared
-
-    def _forget_oldest(self) -> None:
-        used = sum(trie.bytes_used for trie in self._shared.values())
-        while len(self._shared) > 1 and used > self.max_bytes:
-            used -= self._shared.popitem(last=False)[1].bytes_used
-
-    def _trie(self, largest: int) -> Trie:
-        return Trie(self.branch + 1, largest, self.max_bytes)
+    def _own_trie(self) -> Trie:
+        return Trie(self.branch + 1, LARGEST_OWN, self.max_bytes)
 
 
 def prior() -> Float[np.ndarray, " kinds"]:

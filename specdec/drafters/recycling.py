@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +13,7 @@ from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import recycling_file
 from specdec.drafters.adjacency import Adjacency, count_ranks
+from specdec.drafters.namespaces import Namespaces
 from specdec.drafters.recycling_template import paper_template
 
 LEVELS = 8  # depths told apart when ranks are counted; deeper nodes count as the last
@@ -56,14 +55,12 @@ class RecyclingDrafter:
         namespaces: int = 16,
         vocab: int = 0,
     ):
-        if k < 1 or namespaces < 1:
-            raise ValueError(f"k and namespaces must be at least 1, got k={k}, namespaces={namespaces}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got k={k}")
         self.k = self.topk = k
         self._template = None if template is None else _checked(template)
-        self._most_namespaces, self._vocab = namespaces, vocab
-        self._memories: OrderedDict[str, Adjacency] = OrderedDict()
+        self._memories = Namespaces(lambda: Adjacency.empty(vocab, k), namespaces)
         self._ranks = Acceptance(prior(k), weight=8.0)
-        self._lock = threading.Lock()
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, within its budget; the root alone where its token was never fed."""
@@ -73,19 +70,14 @@ class RecyclingDrafter:
 
     def reset(self, namespace: str | None = None) -> None:
         """Forget one namespace, or everything that was learnt."""
-        with self._lock:
-            if namespace is None:
-                self._memories.clear()
-                self._ranks = Acceptance(prior(self.k), weight=8.0)
-            else:
-                self._memories.pop(namespace, None)
+        self._memories.forget(namespace)
+        if namespace is None:
+            self._ranks = Acceptance(prior(self.k), weight=8.0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that was learnt to ``path``, which changes at once or, on OSError, not at all."""
-        with self._lock:
-            memories, ranks = dict(self._memories), self._ranks
-        matrices = {namespace: memory.copy() for namespace, memory in memories.items()}
-        recycling_file.write(path, self.k, matrices, **ranks.counts())
+        matrices = {namespace: memory.copy() for namespace, memory in self._memories.items().items()}
+        recycling_file.write(path, self.k, matrices, **self._ranks.counts())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace everything that was learnt by what ``save`` wrote; on an error nothing changes.
@@ -95,35 +87,19 @@ class RecyclingDrafter:
             ValueError: it was not written by ``save``, with this k, or it is damaged.
         """
         matrices, counts = recycling_file.read(path, self.k)
-        memories = OrderedDict((name, Adjacency(matrix)) for name, matrix in matrices.items())
         ranks = Acceptance(prior(self.k), weight=8.0)
         ranks.accepted[:], ranks.offered[:] = counts["accepted"], counts["offered"]
-        with self._lock:
-            self._memories, self._ranks = memories, ranks
-            self._forget_oldest()
+        self._ranks = ranks
+        self._memories.replace({name: Adjacency(matrix) for name, matrix in matrices.items()})
 
     @property
     def bytes_used(self) -> int:
         """Bytes held for all namespaces and for what was learnt about ranks."""
-        with self._lock:
-            return self._ranks.bytes_used + sum(memory.matrix.nbytes for memory in self._memories.values())
-
-    def _memory(self, namespace: str) -> Adjacency:
-        with self._lock:
-            memory = self._memories.get(namespace)
-            if memory is None:
-                memory = self._memories[namespace] = Adjacency.empty(self._vocab, self.k)
-                self._forget_oldest()
-            self._memories.move_to_end(namespace)
-            return memory
-
-    def _forget_oldest(self) -> None:
-        while len(self._memories) > self._most_namespaces:
-            self._memories.popitem(last=False)
+        return self._ranks.bytes_used + self._memories.bytes_used
 
     def _catch_up(self, context: Context) -> Adjacency:
         """Learn from what was committed and judged since the last call, each once."""
-        memory, tokens = self._memory(context.namespace), context.tokens
+        memory, tokens = self._memories[context.namespace], context.tokens
         length, steps = context.scratch.get(self, (0, -1))
         if 0 < length < len(tokens):
             root = tokens[length - 1]

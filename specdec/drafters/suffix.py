@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 from weakref import WeakSet, ref
@@ -17,7 +17,8 @@ from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, Drafter, DraftTree
 from specdec.drafters import suffix_draft_numba, suffix_file
 from specdec.drafters.generations import Generations
-from specdec.drafters.suffix_tree import NO_DRAFT, Draft, SuffixTree
+from specdec.drafters.namespaces import Namespaces
+from specdec.drafters.suffix_tree import NO_DRAFT, Draft, SuffixTree, most_guesses
 
 _NOTHING = Budget(nodes=0, depth=0, width=0)
 KEPT = 4  # finished texts of a namespace that a conversation may go on with, an eighth of its memory at most
@@ -80,18 +81,16 @@ class SuffixDrafter:
                 "need a finite factor of at least 0, a finite offset, and min_probability from 0 to 1, got "
                 f"factor={factor}, offset={offset}, min_probability={min_probability}"
             )
-        if namespaces < 1 or (max_sequences is not None and max_sequences < 0):
-            raise ValueError(
-                f"need namespaces >= 1, max_sequences >= 0, got namespaces={namespaces}, max_sequences={max_sequences}"
-            )
+        if max_sequences is not None and max_sequences < 0:
+            raise ValueError(f"need max_sequences >= 0, got max_sequences={max_sequences}")
         Generations(max_depth, max_bytes)  # whose complaints are wanted now
         self.max_depth, self.max_bytes, self.max_sequences = max_depth, max_bytes, max_sequences
         self.factor, self.offset, self.min_probability, self.mode = factor, offset, min_probability, mode
+        self._most = most_guesses(max_depth, factor, offset)
         self.fallback, self.threshold = fallback, threshold
         self.topk = 0 if fallback is None else fallback.topk
         self.hidden = fallback is not None and fallback.hidden
-        self._most_namespaces = namespaces
-        self._memories: OrderedDict[str, Memory] = OrderedDict()
+        self._memories = Namespaces(lambda: Memory(max_depth, max_bytes, max_sequences), namespaces)
         self._texts: WeakSet[Text] = WeakSet()
         self._lock = threading.Lock()
 
@@ -117,21 +116,15 @@ class SuffixDrafter:
             raise ValueError(f"a response is a list of token ids, got {response.dtype} of shape {response.shape}")
         if len(response) and not 0 <= response.min() <= response.max() < 2**31:
             raise ValueError(f"token ids are from 0 to 2**31 - 1, got {response.min()} to {response.max()}")
-        self._memory(namespace).learn(response)
+        self._memories[namespace].learn(response)
 
     def reset(self, namespace: str | None = None) -> None:
         """Forget one namespace, or everything that was learnt; texts still being written keep their own trees."""
-        with self._lock:
-            if namespace is None:
-                self._memories.clear()
-            else:
-                self._memories.pop(namespace, None)
+        self._memories.forget(namespace)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that was learnt to ``path``, which changes at once or, on OSError, not at all."""
-        with self._lock:
-            memories = dict(self._memories)
-        suffix_file.write(path, {namespace: memory.content() for namespace, memory in memories.items()})
+        suffix_file.write(path, {name: memory.content() for name, memory in self._memories.items().items()})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace everything that was learnt by what ``save`` wrote; on an error nothing changes.
@@ -142,38 +135,37 @@ class SuffixDrafter:
             FileNotFoundError: there is no such file.
             ValueError: it was not written by ``save``, or it is damaged.
         """
-        memories: OrderedDict[str, Memory] = OrderedDict()
+        memories = dict[str, Memory]()
         for namespace, (tokens, accepted, offered) in suffix_file.read(path).items():
-            memory = memories[namespace] = self._empty()
+            memory = memories[namespace] = self._memories.make()
             memory.acceptance.accepted[:], memory.acceptance.offered[:] = accepted, offered
             for response in np.split(tokens, np.flatnonzero(tokens < 0)):
                 memory.learn(response[response >= 0])
-        with self._lock:
-            self._memories = memories
-            self._forget_oldest()
+        self._memories.replace(memories)
 
     @property
     def bytes_used(self) -> int:
         """Bytes held for all namespaces and for all living contexts."""
         with self._lock:
-            held: list[Memory | Text] = [*self._memories.values(), *self._texts]
-        return sum(each.bytes_used for each in held)
+            own = sum(text.bytes_used for text in self._texts)
+        return own + self._memories.bytes_used
 
     def _draft(self, context: Context, budget: Budget) -> tuple[DraftTree, float]:
         """One tree and its score."""
-        memory = self._memory(context.namespace)
+        memory = self._memories[context.namespace]
         text = context.scratch.get(self) or self._text(context, memory)
         allowed = not context.finished and min(budget.nodes, budget.depth, budget.width) > 0
         width = 1 if self.mode == "path" else budget.width
-        limits = budget.nodes if allowed else 0, budget.depth, width, self.factor, self.offset, self.min_probability
-        guess = memory.draft(text, context, limits)
+        nodes = min(budget.nodes, self._most) if allowed else 0
+        limits = nodes, budget.depth, width, self.factor, self.offset, self.min_probability
+        found, paths, n, score, _ = memory.draft(text, context, limits)
         if context.finished:
             del context.scratch[self]
-        tokens, parents, probability, n = guess.tokens, guess.parents, guess.probability, len(guess.tokens)
-        tree = DraftTree(tokens, parents, probability, (self.name,) * n)
+        parents, probability = found[1, :n], paths[:n]
+        tree = DraftTree(found[0, :n], parents, probability, (self.name,) * n)
         if budget.least > 0 and probability.min() < budget.least:
             tree = tree.take(trees.prune(parents, probability, n, n, n, budget.least))
-        return tree, guess.score
+        return tree, score
 
     def _text(self, context: Context, memory: Memory) -> Text:
         """A new context's own tree, an earlier one's if that was its beginning; the prompt is entered unlocked."""
@@ -183,22 +175,6 @@ class SuffixDrafter:
         with self._lock:
             self._texts.add(text)
         return text
-
-    def _memory(self, namespace: str) -> Memory:
-        with self._lock:
-            memory = self._memories.get(namespace)
-            if memory is None:
-                memory = self._memories[namespace] = self._empty()
-                self._forget_oldest()
-            self._memories.move_to_end(namespace)
-            return memory
-
-    def _empty(self) -> Memory:
-        return Memory(self.max_depth, self.max_bytes, self.max_sequences)
-
-    def _forget_oldest(self) -> None:
-        while len(self._memories) > self._most_namespaces:
-            self._memories.popitem(last=False)
 
 
 class Text:

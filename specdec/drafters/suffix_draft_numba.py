@@ -43,9 +43,8 @@ def advance(
     old: np.ndarray,
     accepted: np.ndarray,
     offered: np.ndarray,
-    guessed: np.ndarray,
-    parents: np.ndarray,
-    kinds: np.ndarray,
+    guess: np.ndarray,
+    guessed: int,
     text: np.ndarray,
     said: int,
     newest: bool,
@@ -59,14 +58,15 @@ def advance(
 ) -> tuple[int, float, int, int, int]:
     """Enter what is new of a text in its ``own`` tree, its last ``said`` tokens in the ``young`` one, and ``draft``.
 
-    First what became of the nodes ``guessed`` after what the own tree has is counted. The probabilities are those that
-    guesses of their kind have come true with, ``accepted / offered``.
+    First what became of the last ``guess``, of so many nodes, after what the own tree has is counted. The probabilities
+    are those that guesses of their kind have come true with, ``accepted / offered``.
 
     Returns also how many tokens of each there was no room for. Then nothing is drafted.
     """
     new = len(text) - own[GROWING]
-    if len(guessed) > 1 and new > 0:
-        learn(guessed, parents, kinds, text[len(text) - new :], accepted, offered, MOST)
+    if guessed > 1 and new > 0:
+        tokens, parents, kinds = guess[0, :guessed], guess[1, :guessed], guess[2, :guessed]
+        learn(tokens, parents, kinds, text[len(text) - new :], accepted, offered, MOST)
     new -= extend(own, text[len(text) - new :])
     said -= extend(young, text[len(text) - said :])
     if new > 0 or said > 0:

@@ -35,36 +35,46 @@ LARGEST = 2**31 - 2  # a store's positions and a tree's nodes are int32
 
 
 class Draft(NamedTuple):
-    """A drafted tree; arrays by node, the root first.
+    """A drafted tree, as the kernels leave it where there was room for more.
 
     Attributes:
-        probability: how often each path was seen, of the times its match was; or what that is corrected to.
-        kinds: what tells how sure a guess is, as ``suffix_draft_numba`` numbers it.
+        nodes: each node's token, parent and kind, the root first; a kind tells how sure a guess is, as
+            ``suffix_draft_numba`` numbers it.
+        paths: how often each path was seen, of the times its match was; or what that is corrected to.
+        size: how many nodes there are.
         score: the sum of the guesses' probabilities.
         match: how many of the context's last tokens were looked up for it.
     """
 
-    tokens: Int[np.ndarray, " nodes"]
-    parents: Int[np.ndarray, " nodes"]
-    probability: Float32[np.ndarray, " nodes"]
-    kinds: Int[np.ndarray, " nodes"]
+    nodes: Int[np.ndarray, "3 room"]
+    paths: Float32[np.ndarray, " room"]
+    size: int
     score: float
     match: int
 
-    @classmethod
-    def room(cls, nodes: int, max_depth: int, factor: float, offset: float) -> tuple[np.ndarray, np.ndarray]:
-        """Where the kernel may write a draft: tokens, parents and kinds, and probabilities."""
-        most = max(0, min(nodes, int((max_depth - 1) * factor + offset + 1e-6)))
-        return np.empty((3, most + 1), np.int64), np.empty(most + 1, np.float32)
+    @property
+    def tokens(self) -> Int[np.ndarray, " nodes"]:
+        return self.nodes[0, : self.size]
 
-    @classmethod
-    def read(cls, found: np.ndarray, paths: np.ndarray, size: int, score: float, match: int) -> Draft:
-        """What the kernel wrote."""
-        return cls(found[0, :size], found[1, :size], paths[:size], found[2, :size], score, match)
+    @property
+    def parents(self) -> Int[np.ndarray, " nodes"]:
+        return self.nodes[1, : self.size]
+
+    @property
+    def kinds(self) -> Int[np.ndarray, " nodes"]:
+        return self.nodes[2, : self.size]
+
+    @property
+    def probability(self) -> Float32[np.ndarray, " nodes"]:
+        return self.paths[: self.size]
 
 
-_NONE = np.zeros(0, np.int64)
-NO_DRAFT = Draft(_NONE, _NONE, _NONE.astype(np.float32), _NONE, 0.0, 0)
+NO_DRAFT = Draft(np.zeros((3, 1), np.int64), np.ones(1, np.float32), 0, 0.0, 0)
+
+
+def most_guesses(max_depth: int, factor: float, offset: float) -> int:
+    """How many tokens are drafted at most, which is after the longest match."""
+    return max(0, int((max_depth - 1) * factor + offset + 1e-6))
 
 
 class SuffixTree:
@@ -107,7 +117,7 @@ class SuffixTree:
         """End the newest sequence, if it has tokens; the next token begins another."""
         if self.growing:
             self.block[SIZE] += 1  # what stands there is END
-            self.block[[GROWING, MATCHED]] = 0
+            self.block[GROWING] = self.block[MATCHED] = 0
             self.sequences += 1
 
     def forget(self) -> None:
@@ -144,9 +154,11 @@ class SuffixTree:
         """
         nothing = SuffixTree(self.max_depth)
         own, last = own or nothing, context[-self.max_depth :].astype(np.int32)
-        trees, room = (own.arrays, self.arrays, nothing.arrays), Draft.room(nodes, self.max_depth, factor, offset)
+        trees = own.arrays, self.arrays, nothing.arrays
+        room = max(0, min(nodes, most_guesses(self.max_depth, factor, offset))) + 1
+        found, paths = np.empty((3, room), np.int64), np.empty(room, np.float32)
         limits = depth, width, float(factor), float(offset), float(min_probability)
-        return Draft.read(*room, *suffix_draft_numba.draft(*trees, last, newest, *room, *limits))
+        return Draft(found, paths, *suffix_draft_numba.draft(*trees, last, newest, found, paths, *limits))
 
     def count(self, pattern: Int[np.ndarray, " n"]) -> int:
         """How often a pattern of 1 to ``max_depth`` tokens occurs."""
@@ -196,13 +208,18 @@ class SuffixTree:
         return cast(tuple[int, int], suffix_tree_numba.find(arrays.nodes, arrays.table, arrays.tokens, pattern))
 
     def _grow(self, new: int) -> bool:
-        """Make what is full larger by half, or enough for ``new`` tokens, or as memory allows; whether it does."""
-        rooms, full = self.block[[NODE_ROOM, RUN_ROOM, TOKEN_ROOM]].tolist(), suffix_tree_numba.is_full(self.block)
-        if self.block[OLDEST] > rooms[2] // 4:
-            full = *full[:2], False  # moving alone makes room in the store
-        least = new if self._max_bytes is None else 0
-        for part in (2, 4, 8, 16):
-            more = [room + max(room // part, least) if each else room for room, each in zip(rooms, full, strict=True)]
+        """Make what is full larger by a quarter, or enough for ``new`` tokens, or as memory allows; whether it does.
+
+        What is nearly full grows with it, for all is moved. Where much was forgotten, moving makes room enough.
+        """
+        rooms, need = self.block[[[NODE_ROOM, RUN_ROOM, TOKEN_ROOM], [LIVE, RUNS, SIZE]]].astype(np.int64)
+        need += 2 * self.max_depth + 2  # a token may take so many runs
+        need[2] -= self.block[OLDEST]
+        if self._max_bytes is None:
+            need += new, new // 2, new
+        for part in (4, 8, 16):
+            larger = np.maximum(rooms + rooms // part, need)
+            more = np.where(need > rooms - rooms // 8, larger, rooms).tolist()
             if self._max_bytes is None or 4 * suffix_tree_numba.size(self.max_depth, *more) <= self._max_bytes:
                 block = self._empty(*more)
                 suffix_tree_numba.move(self.block, block)

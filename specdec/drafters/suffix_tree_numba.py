@@ -32,7 +32,6 @@ COLUMNS = 10
 FIRST, LAST = 0, 1
 # A slot's columns. The mark is 31 bits that parent and first token are scattered to: where it differs, so does the key.
 CHILD, MARK = 0, 1
-SLOTS = 2  # per node
 # Entries of the state: nodes in use and ever used, free lists, the store's first and last token, how many tokens the
 # newest sequence has, and its longest match; then what there is room for.
 LIVE, NODES, FREE_NODE, RUNS, FREE_RUN, OLDEST, SIZE, GROWING, MATCHED = range(9)
@@ -46,7 +45,7 @@ class Arrays(NamedTuple):
     Attributes:
         nodes: [nodes, COLUMNS].
         runs: [runs, 2], the first and the last sibling of each run.
-        table: [SLOTS * nodes, 2], children by parent and first token, by open addressing. An only child is neither here
+        table: [3 / 2 * nodes, 2], children by parent and first token, by open addressing. An only child is neither here
             nor in a run.
         tokens: the token store; ``tokens[state[OLDEST] : state[SIZE]]`` is in the tree, and END follows.
         active: [max_depth + 1], the node where the last n tokens end, for n up to ``state[MATCHED]``.
@@ -63,7 +62,7 @@ class Arrays(NamedTuple):
 
 def size(max_depth: int, nodes: int, runs: int, tokens: int) -> int:
     """How many int32 a tree takes that has room for so much."""
-    return STATE + max_depth + 1 + (COLUMNS + 2 * SLOTS) * nodes + 2 * runs + tokens
+    return STATE + max_depth + 1 + COLUMNS * nodes + 2 * runs + 2 * (nodes * 3 // 2) + tokens
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -73,11 +72,11 @@ def unpack(block: np.ndarray) -> Arrays:
     a = STATE + block[MAX_DEPTH] + 1
     b = a + COLUMNS * nodes
     c = b + 2 * runs
-    d = c + 2 * SLOTS * nodes
+    d = c + 2 * (nodes * 3 // 2)
     return Arrays(
         block[a:b].reshape((nodes, COLUMNS)),
         block[b:c].reshape((runs, 2)),
-        block[c:d].reshape((SLOTS * nodes, 2)),
+        block[c:d].reshape((nodes * 3 // 2, 2)),
         block[d:],
         block[STATE:a],
         block[:STATE],
@@ -85,14 +84,12 @@ def unpack(block: np.ndarray) -> Arrays:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def is_full(state: np.ndarray) -> tuple[bool, bool, bool]:
+def _is_full(state: np.ndarray) -> bool:
     """Whether there may be no room for one more token's nodes, runs, or itself."""
     depth = state[MAX_DEPTH]
-    return (
-        state[LIVE] + depth + 2 > state[NODE_ROOM],
-        state[RUNS] + 2 * depth + 2 > state[RUN_ROOM],
-        state[SIZE] + 2 > state[TOKEN_ROOM],
-    )
+    nodes_full = state[LIVE] + depth + 2 > state[NODE_ROOM]
+    runs_full = state[RUNS] + 2 * depth + 2 > state[RUN_ROOM]
+    return nodes_full or runs_full or state[SIZE] + 2 > state[TOKEN_ROOM]  # type: ignore[no-any-return]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -101,17 +98,19 @@ def extend(block: np.ndarray, new: np.ndarray) -> int:
     tree = unpack(block)
     active, state = tree.active, tree.state
     max_depth = len(active) - 1
+    children = np.empty(max_depth, np.int32)
     for i, token in enumerate(new):
         at = state[SIZE]
-        nodes_full, runs_full, store_full = is_full(state)
-        if nodes_full or runs_full or store_full:
+        if _is_full(state):
             return i
         tree.tokens[at], tree.tokens[at + 1] = token, END
         state[SIZE] = at + 1
         state[GROWING] += 1
-        longest = 0
-        for depth in range(min(state[MATCHED], max_depth - 1), -1, -1):
-            active[depth + 1] = _advance(tree, active[depth], depth, at)
+        most, longest = min(state[MATCHED], max_depth - 1), 0
+        for depth in range(most + 1):  # first, so that memory is waited for at once and not for each in turn
+            children[depth] = _child(tree.nodes, tree.table, active[depth], token)
+        for depth in range(most, -1, -1):
+            active[depth + 1] = _advance(tree, active[depth], children[depth], depth, at)
             if longest == 0 and active[depth + 1] != NONE:
                 longest = depth + 1
         state[MATCHED] = longest
@@ -176,13 +175,19 @@ def find(nodes: np.ndarray, table: np.ndarray, tokens: np.ndarray, pattern: np.n
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _advance(tree: Arrays, node: int, depth: int, at: int) -> Index:
-    """Move the end of the suffix of ``depth`` tokens on from ``node`` by the token at ``at``; NONE once it is alone."""
+def _advance(tree: Arrays, node: int, child: int, depth: int, at: int) -> Index:
+    """Move the end of the suffix of ``depth`` tokens on from ``node`` by the token at ``at``; NONE once it is alone.
+
+    ``child`` is where that token led to when it was appended. A longer suffix may since have put another in its place.
+    """
     nodes, room = tree.nodes, len(tree.active) - 1 - depth
     if node != ROOT and nodes[node, COUNT] == 1:  # the others were forgotten
         nodes[node, LENGTH] += room
         return NONE
-    child = _child(tree.nodes, tree.table, node, tree.tokens[at])
+    if child != NONE and (
+        nodes[child, COUNT] == 0 or nodes[child, PARENT] != node or nodes[child, TOKEN] != tree.tokens[at]
+    ):
+        child = _child(tree.nodes, tree.table, node, tree.tokens[at])
     if child == NONE:
         _add_leaf(tree, node, at, room)
         return NONE
@@ -377,7 +382,7 @@ def _new_node(tree: Arrays) -> Index:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _free_node(tree: Arrays, node: int) -> None:
-    tree.nodes[node, NEXT] = tree.state[FREE_NODE]
+    tree.nodes[node, COUNT], tree.nodes[node, NEXT] = 0, tree.state[FREE_NODE]
     tree.state[FREE_NODE] = node
     tree.state[LIVE] -= 1
 

@@ -100,11 +100,18 @@ def _add_completions(made: FastAPI, service: Service) -> None:
 def _add_facts(made: FastAPI, service: Service, memory: Memory | None) -> None:
     created = int(time.time())
 
+    model = {"id": service.name, "object": "model", "created": created, "owned_by": "specdec"}
+
     @made.get("/v1/models", responses=GATED, dependencies=[BEARER])
     async def models() -> dict[str, Any]:
         """The one model."""
-        model = {"id": service.name, "object": "model", "created": created, "owned_by": "specdec"}
         return {"object": "list", "data": [model]}
+
+    @made.get("/v1/models/{name:path}", responses={**GATED, 404: PROMISED[404]}, dependencies=[BEARER])
+    async def find(name: str) -> dict[str, Any]:
+        """The model of that name."""
+        service.check_name(name)
+        return model
 
     @made.get("/metrics", responses=GATED, dependencies=[BEARER], response_class=PlainTextResponse)
     async def counts() -> str:

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 INT64 = 2**63
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=INT64)]
-Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = dict[
+    Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+]
 
 
 class Strict(BaseModel):
@@ -89,10 +92,24 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """Text: nothing else is enforced."""
+class Schema(Lenient):
+    """What JSON is wanted: ``schema`` as JSON Schema has it."""
 
-    type: Literal["text"]
+    name: str | None = None
+    wanted: Annotated[dict[str, JsonValue], Field(alias="schema")]
+
+
+class ResponseFormat(Strict):
+    """Text, any JSON object, or the JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
 
 
 class Asked(Strict):
@@ -112,9 +129,9 @@ class Asked(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     prediction: Prediction | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, JsonValue], Field(max_length=0)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[Bias, Field(max_length=1024)] | None = None
     metadata: dict[str, JsonValue] | None = None
 
     @model_validator(mode="before")
@@ -147,6 +164,8 @@ class ChatRequest(Asked):
     reasoning_effort: str | None = None
     service_tier: str | None = None
     store: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
 
 class CompletionRequest(Asked):

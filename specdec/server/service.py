@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.generation.logits_process import LogitsProcessor
 
 from specdec.pool import SessionPool
 from specdec.server import schema
 from specdec.server.errors import ApiError
+from specdec.server.grammars import Grammars, held_to
+from specdec.server.penalties import Penalties
 from specdec.server.predictions import Predictions
-from specdec.server.schema import Asked, ChatRequest, CompletionRequest, Message, dumped, plain
+from specdec.server.schema import Asked, ChatRequest, CompletionRequest, Message, ResponseFormat, dumped, plain
 from specdec.server.tenants import namespace
 from specdec.server.tools import written_by
 from specdec.server.writing import Writing
@@ -57,6 +60,12 @@ class Service:
         ends = model.generation_config.eos_token_id
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or [])
         self._calls = written_by(self._tokenizer)
+        self._grammars = Grammars(self._tokenizer, self._vocab, self._ends)
+
+    def check_name(self, name: str) -> None:
+        """Raise ApiError if the model has another name."""
+        if name != self.name:
+            raise ApiError(404, f"there is no model {name!r} here, only {self.name!r}", "model_not_found", "model")
 
     async def chat(self, asked: ChatRequest, token: bytes) -> Writing:
         """Begin to answer a conversation. Raises ApiError."""
@@ -66,12 +75,14 @@ class Service:
         tools = None if asked.tool_choice == "none" else asked.tools
         most = asked.max_completion_tokens or asked.max_tokens
         encode = lambda: [self._rendered(asked.messages, tools)]  # noqa: E731
-        return await self._begin(asked, token, encode, most, best, calls=bool(tools) and self._calls)
+        return await self._begin(
+            asked, token, encode, most, best, bool(tools) and self._calls, format=asked.response_format
+        )
 
     async def complete(self, asked: CompletionRequest, token: bytes) -> Writing:
         """Begin to continue a text, or several. Raises ApiError."""
         encode = lambda: self._encoded(asked.prompt)  # noqa: E731
-        return await self._begin(asked, token, encode, asked.max_tokens or 16, asked.logprobs, calls=False)
+        return await self._begin(asked, token, encode, asked.max_tokens or 16, asked.logprobs, False)
 
     async def _begin(
         self,
@@ -81,16 +92,15 @@ class Service:
         most: int | None,
         best: int | None,
         calls: bool,
+        format: ResponseFormat | None = None,
     ) -> Writing:
-        if asked.model != self.name:
-            raise ApiError(
-                404, f"there is no model {asked.model!r} here, only {self.name!r}", "model_not_found", "model"
-            )
+        self.check_name(asked.model)
         prompts = await asyncio.to_thread(encode)
         if not 0 < len(prompts) * (asked.n or 1) <= self.max_choices:
             raise ApiError(400, f"1 to {self.max_choices} answers may be asked for at a time", "invalid_value", "n")
         if not all(ids and max(ids) < self._vocab for ids in prompts):
             raise ApiError(400, f"a prompt has tokens, all below {self._vocab}", "invalid_value", "prompt")
+        processors = await asyncio.to_thread(self._processors, asked, format)
         prediction = None
         if asked.prediction is not None:
             prediction = await asyncio.to_thread(self._ids, plain(asked.prediction.content), add_special_tokens=False)
@@ -106,9 +116,26 @@ class Service:
             ends=self._ends,
             best=best,
             calls=calls,
+            processors=processors,
             predictions=self._predictions,
             prediction=prediction,
         )
+
+    def _processors(self, asked: Asked, format: ResponseFormat | None) -> Callable[[int], list[LogitsProcessor]]:
+        """What makes the processors of one answer, given its prompt's length: they keep what they have seen."""
+        frequency, presence = asked.frequency_penalty or 0.0, asked.presence_penalty or 0.0
+        bias = {int(id): value for id, value in (asked.logit_bias or {}).items()}
+        if any(id >= self._vocab for id in bias):
+            raise ApiError(400, f"tokens are numbers below {self._vocab}", "invalid_value", "logit_bias")
+        grammar = None
+        if format is not None and format.type != "text":
+            grammar = self._grammars.json(format.json_schema.wanted if format.json_schema is not None else None)
+
+        def made(length: int) -> list[LogitsProcessor]:
+            changes = [Penalties(length, frequency, presence, bias)] if frequency or presence or bias else []
+            return changes + ([held_to(grammar)] if grammar is not None else [])
+
+        return made
 
     def _extent(self, length: int, wanted: int | None) -> dict[str, Any]:
         """How far to write, from all of the prompt: what looks like padding in it is text."""
@@ -120,7 +147,9 @@ class Service:
         if length > self.max_prompt_tokens:
             raise _too_long(f"the prompt has {length} tokens; {self.max_prompt_tokens} is the most")
         if wanted is not None and wanted > self.max_new_tokens:
-            raise ApiError(400, f"{wanted} tokens were asked for; {self.max_new_tokens} is the most", "invalid_value")
+            raise ApiError(
+                400, f"{wanted} tokens were asked for; {self.max_new_tokens} is the most", "invalid_value", "max_tokens"
+            )
         left = self._positions - length
         if left < (wanted or 1):
             raise _too_long(

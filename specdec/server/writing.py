@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
+
+from transformers.generation.logits_process import LogitsProcessor
 
 from specdec.pool import PoolFull, SessionPool
 from specdec.pool.engine import TooLarge
@@ -36,6 +38,7 @@ class Writing:
         ends: tokens that end it.
         best: how many of the likeliest tokens to note with each token; None to note nothing.
         calls: whether to look for calls of tools.
+        processors: makes an answer's own logits processors, given the length of its prompt.
         predictions, prediction: where to say that the answers will resemble some tokens.
 
     Attributes:
@@ -59,11 +62,13 @@ class Writing:
         ends: Collection[int],
         best: int | None,
         calls: bool,
+        processors: Callable[[int], list[LogitsProcessor]],
         predictions: Predictions,
         prediction: Sequence[int] | None,
     ) -> None:
         self._pool, self._prompts, self._timeout, self._stops, self._best = pool, prompts, timeout, stops, best
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Token | None]]()
+        self._processors = processors
         self._requests: list[Request] = []
         self._expected = ExitStack()
         self.choices = [Choice(pool.tokenizer, stops, ends, calls) for _ in range(len(prompts) * each)]
@@ -85,8 +90,9 @@ class Writing:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
         parts: dict[str, Any] = {"streamer": TokenFeed(put)}
-        if likelihoods is not None:
-            parts["logits_processor"] = [likelihoods]
+        processors = [likelihoods] if likelihoods is not None else []  # first: it notes what the model itself thinks
+        if processors := [*processors, *self._processors(len(prompt))]:
+            parts["logits_processor"] = processors
         if self._stops:
             parts["stopping_criteria"] = [Stopping(self._pool.tokenizer, self._stops)]
         try:
