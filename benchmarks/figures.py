@@ -31,6 +31,7 @@ def main() -> None:
         ROOT / "docs" / "pool.md": {"throughput": agents.pool(results)},
         ROOT / "docs" / "integrations.md": {"libraries": agents.integrations(results)},
         ROOT / "docs" / "long_context.md": {
+            "long contexts": long.long_context(results),
             "longspec": long.longspec(results),
             "shared prefixes": long.shared_prefix(results),
         },
