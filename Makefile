@@ -76,7 +76,7 @@ bench-questions: $(READY)
 # A trained draft, DRAFT=PATH: lengths, trees and temperatures, beside transformers' assisted generation.
 bench-drafts: $(READY)
 	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/drafts.py --draft $(DRAFT) --json benchmarks/results/drafts.json
+	$(BIN)/python benchmarks/drafts.py --draft $(DRAFT) $(DRAFT_OPTIONS) --json benchmarks/results/drafts.json
 	$(BIN)/python benchmarks/figures.py
 
 # Caches of long texts, and what TriForce makes of them; about ten minutes.

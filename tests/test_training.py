@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,18 @@ def after_one(sample: Sample) -> Sample:
     """The sample of a prompt that had the first written token too."""
     features = None if sample.features is None else sample.features[1:]
     return Sample(sample.tokens, sample.prompt + 1, sample.candidates[1:], sample.chance[1:], features)
+
+
+def test_layers_learn_from_features_where_there_are_any(target: Any, samples: list[Sample]) -> None:
+    draft = made(target, samples, "layers")
+    with torch.no_grad():
+        both, laws = (
+            layers.loss(draft, each) for each in (samples[:3], [replace(s, features=None) for s in samples[:3]])
+        )
+        said = torch.cat([layers._hidden(draft, [sample]) for sample in samples[:3]]).numpy()
+    true = np.concatenate([sample.features for sample in samples[:3] if sample.features is not None]).astype(np.float32)
+    apart = ((said - true) ** 2).sum(-1) / (true**2).sum(-1)
+    assert float(both - laws) == pytest.approx(apart.mean(), rel=1e-3)
 
 
 class TestFiles:

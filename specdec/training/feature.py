@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from specdec.masks import additive
-from specdec.training.layers import cross_entropy, law_of, right
+from specdec.training.layers import PULL, apart, cross_entropy, law_of, right
 from specdec.training.samples import Sample
 from specdec.training.validation import DEPTH, tokens_per_step
 
 UNROLLED = 2  # guesses in a row that training makes
-PULL = 1.0  # of the features, beside the cross-entropy
 
 
 class Texts(NamedTuple):
@@ -104,9 +103,8 @@ def loss(draft: Any, samples: Sequence[Sample]) -> Float[Tensor, ""]:
         rows, columns = texts.places(made)
         flat = starts[rows] + columns + 1  # the law after a token stands at the next
         guess, true = said[rows, columns], texts.next[rows, columns]
-        apart = (guess - true).square().sum(-1) / true.square().sum(-1)
         entropy = cross_entropy(draft, guess, law.take(flat))
-        total = total + (entropy + PULL * apart).mean() / UNROLLED
+        total = total + (entropy + PULL * apart(guess, true)).mean() / UNROLLED
     return total
 
 
