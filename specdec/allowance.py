@@ -6,6 +6,8 @@ from collections import deque
 
 SHARE = 0.005  # of all time
 FIRST, MOST = 1.5, 16.0  # with units of plain steps: 2% of the first hundred, and then less and less
+# What long first calls count, which may have compiled something: they are paid off in 4, 16, 64 times as long.
+COUNTS = (0.02, 0.08, 0.32)
 
 
 class Allowance:
@@ -44,6 +46,12 @@ class Typical:
     def see(self, value: float) -> None:
         """One more measurement."""
         self._last.append(value)
+
+    def charge(self, value: float, long: float) -> float:
+        """``see`` a call's seconds, and say how many of them to charge for: few of a first one that was ``long``."""
+        counts = COUNTS[self.seen] if self.seen < len(COUNTS) and value > long else 1.0
+        self.see(value)
+        return counts * min(value, self.value)
 
     @property
     def seen(self) -> int:

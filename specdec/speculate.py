@@ -317,7 +317,7 @@ def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
     return made
 
 
-def auto_drafter(max_bytes: int = 128 << 20, namespaces: int = 16) -> Drafter:
+def auto_drafter(max_bytes: int = 64 << 20, namespaces: int = 16) -> Drafter:
     """All that learn from text alone, and the target's candidates. The policy cuts trees, so these may be large.
 
     Args:

@@ -328,6 +328,22 @@ def test_a_part_that_comes_to_pay_is_found():
     assert part.asked - before > 200
 
 
+def test_a_part_whose_first_call_compiled_something_is_soon_asked_again():
+    class Compiling(Paced):
+        def draft(self, contexts, budgets):
+            self.seconds = 0.0001 if self.asked else 2.0
+            return super().draft(contexts, budgets)
+
+    clock, part = Clock(), Asked("right", {(1,): 0.5})
+
+    def passes():
+        clock.now += 0.1
+        return [1, 9]
+
+    play(MergedDrafter([Compiling(part, clock)], clock), passes, 300)
+    assert part.asked > 200
+
+
 def test_where_nothing_is_wanted_who_learns_from_verdicts_catches_up_and_nobody_owes_anything():
     part, learner = Asked("part", {(2,): 0.9}), Asked("learner", {(2,): 0.9})
     learner.topk = 4

@@ -152,7 +152,7 @@ class MergedDrafter:
             return [None] * len(contexts)
         finally:
             if any(budget.nodes > 0 for budget in budgets):
-                part.seconds.see(self.clock() - start)
+                part.due = part.seconds.charge(self.clock() - start, self._pace.value)
         return drafted
 
     def _settle(self, contexts: Sequence[Context]) -> None:
@@ -193,7 +193,13 @@ class MergedDrafter:
 
 
 class Part:
-    """One drafter among others: how good its estimates are, what its calls take, and what it may still lose."""
+    """One drafter among others: how good its estimates are, what its calls take, and what it may still lose.
+
+    Attributes:
+        due: seconds that the last call is charged for.
+    """
+
+    due = 0.0
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
@@ -207,7 +213,7 @@ class Part:
 
     def settle(self, tokens: float, gain: float, pace: float, asked: bool) -> None:
         """Of so many ``tokens`` per row it alone has won ``gain``, for the time of a call if it was ``asked``."""
-        self.allowance.settle(tokens, gain - self.seconds.value / pace if asked else 0.0)
+        self.allowance.settle(tokens, gain - self.due / pace if asked else 0.0)
 
 
 Guess = tuple[Acceptance, np.ndarray, np.ndarray, np.ndarray]  # who counts, and the tree's tokens, parents and kinds

@@ -68,7 +68,7 @@ class SuffixDrafter:
         offset: float = 0.0,
         min_probability: float = 0.1,
         mode: Literal["tree", "path"] = "tree",
-        max_bytes: int = 128 << 20,
+        max_bytes: int = 64 << 20,
         max_sequences: int | None = None,
         namespaces: int = 16,
         fallback: Drafter | None = None,

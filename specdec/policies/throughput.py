@@ -19,12 +19,10 @@ CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are b
 REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
-# How much less a row counts that is ahead: one that has written a tenth more than the last row, a sixth as much. What is
-# written at first is too little to tell by.
+# How much less a row counts that is ahead: with a tenth more tokens than the last row, a sixth as much. The first few
+# tokens say little.
 LAG, START = 20.0, 16
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
-# What long first calls count, which may have compiled something: they are paid off in 4, 16, 64 times as long.
-COUNTS = (0.02, 0.08, 0.32)
 
 
 class Text:
@@ -140,10 +138,7 @@ class ThroughputPolicy:
         if step.started is None:
             step.nodes = 1
             return [tree.take(np.zeros(1, np.int64)) for tree in trees]
-        seconds, seen = self.clock() - step.started, self.drafting.seen
-        counts = COUNTS[seen] if seen < len(COUNTS) and seconds > step.times[0] else 1.0
-        self.drafting.see(seconds)
-        step.drafting = counts * min(seconds, self.drafting.value)
+        step.drafting = self.drafting.charge(self.clock() - step.started, step.times[0])
         kinds = [estimate_kinds(tree.parents, tree.probability) for tree in trees]
         paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
         for context, tree, kind in zip(contexts, trees, kinds, strict=True):
