@@ -85,9 +85,7 @@ class Script:
     def shared(self) -> list[int]:
         """How many tokens of each prompt stood in the text before."""
         held = [[], *(text[:-1] for text in self.outputs)]
-        return [
-            prefix.common(torch.tensor(a).numpy(), b[0].tolist()) for a, b in zip(held, self.prompts, strict=False)
-        ]
+        return [prefix.common(torch.tensor(a).numpy(), b[0].tolist()) for a, b in zip(held, self.prompts, strict=False)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
