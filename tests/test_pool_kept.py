@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_a_common_beginning_is_read_once(model: Any, prompt_tokens: int, monkeyp
         outputs = [request.result().tolist() for request in requests]
     assert outputs == [model.generate(text, **LONG).tolist() for text in texts]
     assert [request.stats.reused_tokens for request in requests] == [0, 50, 50, 50]
+
+
+@pytest.mark.parametrize(("unread", "waits"), [(50, True), (51, False)])
+def test_nobody_waits_longer_than_reading_takes(unread: int, waits: bool) -> None:
+    def row(tokens: torch.Tensor, unread: int) -> Any:
+        context = SimpleNamespace(tokens=tokens[0].numpy())
+        return SimpleNamespace(reader="some", read=tokens.shape[1] - unread, unread=unread, context=context)
+
+    long, short = row(prompt(200), unread), row(behind(prompt(200)[:, :50], 0), 51)
+    assert engine.Engine._waits(SimpleNamespace(joining=[long, short]), short) == waits
+    assert not engine.Engine._waits(SimpleNamespace(joining=[long, short]), long)
 
 
 def test_who_waits_for_a_prompt_that_is_given_up_reads_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

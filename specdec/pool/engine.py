@@ -195,8 +195,9 @@ class Engine:
                 row.request.fail(error)
 
     def _waits(self, row: Row) -> bool:
-        """Whether another prompt that begins like a row's is being read, so that it need not be read twice."""
-        return not row.read and any(_alike(other, row) >= ALIKE for other in self.joining if other.read)
+        """Whether a row's prompt is read sooner behind another's that begins alike and is nearly read, than anew."""
+        reading = [other for other in self.joining if other.read]
+        return not row.read and any(_alike(other, row) >= max(ALIKE, other.unread) for other in reading)
 
     def _begin_behind(self, row: Row) -> None:
         """Begin a prompt behind the rows that it has in common with another text, answered or not."""

@@ -146,6 +146,11 @@ class Row:
         return self.read == self.prompt_length
 
     @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return self.prompt_length - self.read
+
+    @property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return self.prepared.input_ids.shape[1]
