@@ -49,9 +49,16 @@ class Typical:
 
     def charge(self, value: float, long: float) -> float:
         """``see`` a call's seconds, and say how many of them to charge for: few of a first one that was ``long``."""
-        counts = COUNTS[self.seen] if self.seen < len(COUNTS) and value > long else 1.0
+        counts = self._counts(value, long)
         self.see(value)
         return counts * min(value, self.value)
+
+    def due(self, long: float) -> float:
+        """How many seconds the next call would be charged for, if it takes as long as is typical."""
+        return self._counts(self.value, long) * self.value
+
+    def _counts(self, value: float, long: float) -> float:
+        return COUNTS[self.seen] if self.seen < len(COUNTS) and value > long else 1.0
 
     @property
     def seen(self) -> int:

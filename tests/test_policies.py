@@ -251,6 +251,23 @@ class TestDisaster:
         assert compiled.seconds[0] > 10 * QUICK[1]
         assert sum(compiled.seconds) < (1 + 0.2 * calls) * sum(usual.seconds)
 
+    def test_that_loaded_something_is_repeated_at_once(self) -> None:
+        """Processes load what another compiled, which takes a few steps, once."""
+
+        class Loading(Paced):
+            def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
+                self.seconds = 0.1 * (self.asked == 0) + simulation.DRAFT
+                return super().draft(contexts, budgets)
+
+        made = list[Loading]()
+
+        def loading(clock: Clock) -> Drafter:
+            made.append(Loading(NgramDrafter(), clock))
+            return MergedDrafter([made[0]], clock)
+
+        play([(simulation.random_text(0, 50), simulation.random_text(1, 12))], loading, QUICK)
+        assert made[0].asked > 8
+
 
 GOOD: dict[str, Callable[[int, int], list[int]]] = {
     "copies": lambda seed, length: simulation.repetitive_text(seed, length, novel=0.02),

@@ -209,7 +209,7 @@ class Part:
 
     def affordable(self, pace: float) -> bool:
         """Whether it may be asked, where a token takes ``pace`` seconds."""
-        return self.allowance.covers(self.seconds.value / pace)
+        return self.allowance.covers(self.seconds.due(pace) / pace)
 
     def settle(self, tokens: float, gain: float, pace: float, asked: bool) -> None:
         """Of so many ``tokens`` per row it alone has won ``gain``, for the time of a call if it was ``asked``."""

@@ -117,7 +117,7 @@ class ThroughputPolicy:
     def _rests(self, text: Text, times: Float[np.ndarray, " sizes"]) -> bool:
         """Whether to save up: from when no tree can be afforded until one can, and the asking for it."""
         asks = ASKS if text.resting else 1
-        risk = (asks * self.drafting.value + times[1:].min(initial=np.inf)) / times[0] - 1
+        risk = (asks * self.drafting.due(times[0]) + times[1:].min(initial=np.inf)) / times[0] - 1
         text.resting = not text.allowance.covers(float(risk))
         return text.resting
 
