@@ -83,6 +83,7 @@ bench-drafts: $(READY)
 bench-long: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/long_context.py --json benchmarks/results/long_context.json
+	$(BIN)/python benchmarks/long_documents.py --json benchmarks/results/long_documents.json
 	$(BIN)/python benchmarks/figures.py
 
 # GPU tests and timings in one command, with the Python that is there; not yet run on a GPU.

@@ -32,6 +32,7 @@ def main() -> None:
         ROOT / "docs" / "integrations.md": {"libraries": agents.integrations(results)},
         ROOT / "docs" / "long_context.md": {
             "long contexts": long.long_context(results),
+            "long documents": long.long_documents(results),
             "longspec": long.longspec(results),
             "shared prefixes": long.shared_prefix(results),
         },

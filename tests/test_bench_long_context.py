@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import long_context
+import long_documents
 import needle
 import numpy as np
 import pytest
@@ -109,3 +110,31 @@ def test_the_table_shows_what_was_measured(tmp_path: Path) -> None:
         "| ngram | tokens differ / 2.50 / 50% |",
     ):
         assert line in shown
+
+
+def test_the_sentence_is_among_the_documents_and_the_table_says_what_came_of_it(tmp_path: Path) -> None:
+    class Words:
+        chat_template = "any"
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [7, 8]
+
+        def apply_chat_template(self, messages: Any, return_dict: bool = False, **options: Any) -> Any:
+            return {"input_ids": [5] * 3} if return_dict else [6] * 30
+
+    ids = long_documents.asked(Words(), 105, "What?")
+    assert ids == [6] * 40 + [7, 8] + [6] * 60 + [5] * 3
+    row = {"answers": 2, "tokens_per_step": 2.5, "accepted": 0.5, "speedup": 1.25}
+    rows = [row | {"method": "plain", "equal": True}, row | {"method": "auto", "equal": False}]
+    of = {"model": "m", "parameters": 1, "dtype": "d", "attention": "a", "device": "c", "threads": 1}
+    report = {
+        "machine": of | {"torch": "1", "transformers": "2"},
+        "context": 105,
+        "told": False,
+        "long_documents": rows,
+    }
+    (tmp_path / "some.json").write_text(json.dumps(report))
+    shown = long.long_documents(tmp_path)
+    assert "behind 105 tokens" in shown
+    assert "was not found" in shown
+    assert shown.splitlines()[-2:] == ["| plain | 1.25x / 2.50 / 50% |", "| auto | tokens differ / 2.50 / 50% |"]

@@ -64,6 +64,22 @@ def _long_section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def long_documents(directory: Path) -> str:
+    """What benchmarks/long_documents.py found, in Markdown."""
+    return "\n\n".join(map(_documents_section, read(directory, "long_documents"))) or "not measured yet"
+
+
+def _documents_section(report: Report) -> str:
+    rows = report["long_documents"]
+    head = (
+        f"{machine(report['machine'])}; {rows[0]['answers']} questions behind {report['context']} tokens of documents. "
+        f"The sentence asked for was {'' if report['told'] else 'not '}found, by any method as by plain decoding. "
+        "Speed over plain decoding with the same kernels / tokens per step / guesses accepted:"
+    )
+    cells = [[r["method"], f"{times(r)} / {r['tokens_per_step']:.2f} / {r['accepted']:.0%}"] for r in rows]
+    return f"{head}\n\n{table(['method', 'speed'], cells)}"
+
+
 def _across(results: Sequence[Report], key: str, cell: Callable[[Report], str]) -> str:
     """A table with a row for each name and a column for each context."""
     contexts, names = (list(dict.fromkeys(r[part] for r in results)) for part in ("context", key))
