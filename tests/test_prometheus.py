@@ -23,6 +23,7 @@ def stats() -> Stats:
     stats.observe(Verdict(tree, np.arange(3), np.array([9]), prompt=True))
     stats.generations, stats.plain_generations, stats.fault_count = 2, 1, 3
     stats.judge("match", 2)
+    stats.reuse(7)
     stats.spend("verify", 0.125)
     return stats
 
@@ -48,6 +49,7 @@ def test_every_count_can_be_read_back(stats):
         ("specdec_depth_drafted_steps_total", "2"): 1,
         ("specdec_depth_accepted_steps_total", "1"): 1,
         ("specdec_depth_accepted_steps_total", "2"): 1,
+        ("specdec_reused_tokens_total", ""): 7,
         ("specdec_judged_trees_total", "match"): 2,
         ("specdec_faults_total", ""): 3,
         **{("specdec_seconds_total", part): s for part, s in stats.seconds.items()},
