@@ -66,17 +66,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         n, top, first = key_states.shape[-2], max(self.lengths), self._first() - self.offset
         end = top - self.offset + n
         self._reserve(end)
-        if min(self.lengths) == top:
-            self._keys[: len(self.lengths), :, end - n : end] = key_states
-            self._values[: len(self.lengths), :, end - n : end] = value_states
-        else:
-            for row, length in enumerate(self.lengths):
-                start = length - self.offset
-                self._keys[row, :, start : start + n] = key_states[row]
-                self._values[row, :, start : start + n] = value_states[row]
+        self._write(self._keys, key_states)
+        self._write(self._values, value_states)
         self.lengths = [length + n for length in self.lengths]
         self._show(first, end)
         return self.keys, self.values
+
+    def _write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """Put a pass's keys, or values, behind each row's length."""
+        n, top = states.shape[-2], max(self.lengths) - self.offset
+        if min(self.lengths) - self.offset == top:
+            slots[: len(self.lengths), :, top : top + n] = states
+            return
+        for row, length in enumerate(self.lengths):
+            start = length - self.offset
+            slots[row, :, start : start + n] = states[row]
 
     def _first(self) -> int:
         """The first token that the next pass of any row may look at."""

@@ -69,8 +69,7 @@ class OffloadedLayer(SlotLayer):
         if read[0].shape[2] != max(self.lengths) + n:
             read = self._fetched(n)
         for rows, states in zip(read, (key_states, value_states), strict=True):
-            for row, length in enumerate(self.lengths):
-                rows[row, :, length : length + n] = states[row]
+            self._write(rows, states)
         super().update(key_states, value_states)
         return read
 

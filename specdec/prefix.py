@@ -154,12 +154,16 @@ def _filled(cache: DynamicCache | None) -> list[Any]:
     return [layer for layer in layers if type(layer) is not DummyLayer and layer.is_initialized]
 
 
+def first_needed(layer: Any, length: int) -> int:
+    """The first token whose rows a layer must hold, to read on behind ``length`` tokens."""
+    return max(0, length + 1 - layer.sliding_window) if layer.is_sliding else 0
+
+
 def _crop(cache: DynamicCache, length: int) -> bool:
     """Cut a cache to its first tokens; whether that could be done, for if not it is as it was."""
     layers = _filled(cache)
     first = [layer.get_seq_length() - layer.keys.shape[2] for layer in layers]
-    reach = [max(0, length + 1 - layer.sliding_window) if layer.is_sliding else 0 for layer in layers]
-    if any(held > needed for held, needed in zip(first, reach, strict=True)):
+    if any(held > first_needed(layer, length) for layer, held in zip(layers, first, strict=True)):
         return False
     for layer, held in zip(layers, first, strict=True):
         layer.keys, layer.values = layer.keys[:, :, : length - held], layer.values[:, :, : length - held]

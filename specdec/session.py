@@ -50,7 +50,7 @@ class TurnStats(Stats):
 
     def add(self, turn: TurnStats) -> None:
         """Add what a turn does not report while it runs."""
-        for name in ("generations", "plain_generations", "prompt_tokens", "reused_tokens", "new_tokens", "wall"):
+        for name in ("generations", "plain_generations", "prompt_tokens", "new_tokens", "wall"):
             setattr(self, name, getattr(self, name) + getattr(turn, name))
         self.turns += 1
         self.level, self.sources, self.why_anew = turn.level, turn.sources, turn.why_anew
@@ -243,7 +243,7 @@ class Session:
         model, sequence = self.model, None
         reader = f"{adapters.active(model)} {model.dtype} {model.device}"
         cache = self._prefix.take(model.config.get_text_config(decoder=True), ids[0].tolist(), reader)
-        stats.reused_tokens = cache.get_seq_length()
+        stats.reuse(cache.get_seq_length())
         try:
             output = self._generate(ids, **{**arguments, "past_key_values": cache})
             sequence = _sequences(output)[0].tolist()

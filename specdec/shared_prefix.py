@@ -13,6 +13,7 @@ from torch import nn
 from specdec.cache import GROWTH, SlotCache, SlotLayer
 from specdec.core import Context
 from specdec.masks import Reach
+from specdec.prefix import common
 from specdec.short_layer import RECORDING
 
 if TYPE_CHECKING:
@@ -90,11 +91,7 @@ def share(model: Model, contexts: Sequence[Context], padding: Sequence[int]) -> 
 
 def beginning(texts: Sequence[Tokens]) -> int:
     """How many tokens all texts begin with."""
-    common = min(map(len, texts))
-    for text in texts[1:]:
-        differ = np.flatnonzero(text[:common] != texts[0][:common])
-        common = int(differ[0]) if len(differ) else common
-    return common
+    return min(common(texts[0], text) for text in texts)
 
 
 def _able(model: Model, padding: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from transformers.cache_utils import DynamicCache
 
 from specdec.cache import Rows
-from specdec.prefix import CROPPED, common
+from specdec.prefix import CROPPED, common, first_needed
 
 ALIKE = 32  # tokens that must be alike for a prompt to begin behind another text's rows
 
@@ -96,7 +96,7 @@ def fill(cache: DynamicCache, layers: Sequence[Rows | None], length: int) -> boo
     if len(cache.layers) != len(layers) or any(type(layer) not in CROPPED for layer in cache.layers):
         return False
     held = [(layer, rows) for layer, rows in zip(cache.layers, layers, strict=True) if rows is not None]
-    needed = [max(0, length + 1 - layer.sliding_window) if layer.is_sliding else 0 for layer, _ in held]
+    needed = [first_needed(layer, length) for layer, _ in held]
     if any(rows.first > first for (_, rows), first in zip(held, needed, strict=True)):
         return False
     for (layer, rows), first in zip(held, needed, strict=True):
