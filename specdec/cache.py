@@ -72,6 +72,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._show(first, end)
         return self.keys, self.values
 
+    def like(self, other: SlotLayer) -> bool:
+        """Whether it holds rows as long as another's in buffers of the same shape, in float32 on the CPU."""
+        if not self.is_initialized or not other.is_initialized or self.lengths != other.lengths:
+            return False
+        ours, theirs = self._keys, other._keys
+        return ours.shape == theirs.shape and ours.dtype == torch.float32 and not ours.is_cuda
+
+    def open(self, nodes: int) -> tuple[int, int]:
+        """Count so many nodes behind each row's length as written; the addresses of the first key and value.
+
+        For who writes them there in person: a float32 layer without a window, on the CPU.
+        """
+        first, end = self._first() - self.offset, max(self.lengths) - self.offset + nodes
+        self._reserve(end)
+        self.lengths = [length + nodes for length in self.lengths]
+        self._show(first, end)
+        return self._keys.data_ptr(), self._values.data_ptr()
+
     def _write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put a pass's keys, or values, behind each row's length."""
         n, top = states.shape[-2], max(self.lengths) - self.offset

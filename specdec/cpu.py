@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from specdec.cache import SlotCache
 from specdec.kernels.linear import Impl, linear, runs
 from specdec.short_layer import Shared, ShortLayer, fits
+from specdec.short_stack import ShortStack, alike
 
 ROWS = (16, 32, 64, 128, 256)  # of x, where torch's own product is tried against ours
 OUTPUTS = 4096  # of a weight, enough to time it by
@@ -67,21 +69,35 @@ def _replace(model: nn.Module, layers: Sequence[Any], few: int) -> str:
     for layer in layers:
         layer.forward = ShortLayer(layer, few, shared)
     reason = _difference(before, _logits(model)) or ("" if shared.used else "they would not run")
-    if not reason:
-        return ""
-    remove(model)
-    return f"decoder layers keep their own passes: {reason}"
+    if reason:
+        remove(model)
+        return f"decoder layers keep their own passes: {reason}"
+    _join(model, before)
+    return ""
+
+
+def _join(model: nn.Module, before: Any) -> None:
+    """Let lists of quick layers run in one call, unless that changes what the model says."""
+    owners = []
+    for owner in list(model.modules()):
+        for modules in owner.children():
+            if type(modules) is nn.ModuleList and "forward" not in vars(owner) and alike(modules):
+                owner.forward = ShortStack(owner, modules)
+                owners.append(owner)
+    if owners and _difference(before, _logits(model)):
+        for owner in owners:
+            del owner.forward
 
 
 def installed(model: nn.Module) -> bool:
     """Whether any layer has been changed by ``install``."""
-    return any(_is(layer, (ShortPass, ShortLayer)) for layer in model.modules())
+    return any(_is(layer, (ShortPass, ShortLayer, ShortStack)) for layer in model.modules())
 
 
 def remove(model: nn.Module) -> None:
     """Give every layer changed by ``install`` its own ``forward`` back."""
     for layer in model.modules():
-        if _is(layer, (ShortPass, ShortLayer)):
+        if _is(layer, (ShortPass, ShortLayer, ShortStack)):
             del layer.forward
 
 
@@ -128,7 +144,8 @@ def _logits(model: Any) -> torch.Tensor | str:
     """What the model says of a prompt, a single token and a small tree after it; or why it does not."""
     config = model.config.get_text_config(decoder=True)
     ids = torch.arange(9)[None] % int(config.vocab_size)
-    cache, positions = DynamicCache(config=config), torch.tensor([[6, 7, 7]])
+    own, positions = DynamicCache(config=config), torch.tensor([[6, 7, 7]])
+    cache = SlotCache.of(own) or own
     mask = torch.ones(1, 1, 3, 9, dtype=torch.bool)
     mask[0, 0, :, 6:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])
     try:

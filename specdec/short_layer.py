@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from specdec.short_stack import ShortStack
 
 PARTS = {
     "": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
@@ -37,11 +40,15 @@ class ShortLayer:
         layer: a layer for which ``fits`` holds.
         most: rows up to which it is quicker.
         shared: what the layers of one model share.
+
+    Attributes:
+        stack: runs it together with the others; None where it runs alone.
     """
+
+    stack: ShortStack | None = None
 
     def __init__(self, layer: Any, most: int, shared: Shared) -> None:
         self.layer, self.most, self.shared = layer, most, shared
-        self.own = type(layer).forward.__get__(layer)
         self.attention: Any = layer.self_attn
         self.parts = [(parent._modules, name, parent._modules[name]) for parent, name in _places(layer)]
         self._read()
@@ -62,6 +69,13 @@ class ShortLayer:
         self.eps = float(_eps(norms[0]))
         self.dim, self.scale = int(attention.head_dim), float(attention.scaling)
 
+    @property
+    def tables(self) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Weights, biases, and norms; of length 0 where there are none."""
+        weights = self.wq, self.wk, self.wv, self.wo, self.wg, self.wu, self.wd
+        biases = self.bq, self.bk, self.bv, self.bo, self.bg, self.bu, self.bd
+        return weights, biases, (self.norm, self.second_norm, self.q_norm, self.k_norm)
+
     def __getstate__(self) -> dict[str, Any]:
         """All but the numbers: a copy has its own, and looks at them when it is first called."""
         state = {name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
@@ -69,12 +83,16 @@ class ShortLayer:
 
     def __call__(self, hidden_states: Float[torch.Tensor, "batch nodes width"], *args: Any, **kwargs: Any) -> Any:
         """As the layer's own ``forward``; writes the rows' keys and values to the cache."""
-        if args or not self._can(hidden_states, **kwargs):
-            return self.own(hidden_states, *args, **kwargs)
+        if self.stack is not None and not args:
+            done = self.stack.run(self, hidden_states, **kwargs)
+            if done is not None:
+                return done
+        if args or not self.can(hidden_states, **kwargs):
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         return self._run(hidden_states, mask, kwargs["position_embeddings"], kwargs["past_key_values"])
 
-    def _can(
+    def can(
         self,
         x: torch.Tensor,
         attention_mask: Any = None,
@@ -82,6 +100,7 @@ class ShortLayer:
         past_key_values: Any = None,
         **others: Any,
     ) -> bool:
+        """Whether this pass may be ours."""
         mask, turns, cache = attention_mask, position_embeddings, past_key_values
         batch, nodes, _ = x.shape
         if batch * nodes > self.most or x.dtype != torch.float32 or x.device.type != "cpu" or cache is None:
@@ -94,9 +113,9 @@ class ShortLayer:
         asked = any(value is not None and name not in IGNORED for name, value in others.items())
         # looking the attribute itself up there runs code
         taken = vars(self.attention.config)["_attn_implementation_internal"] in TAKEN
-        return masked and not asked and taken and self._untouched()
+        return masked and not asked and taken and self.untouched()
 
-    def _untouched(self) -> bool:
+    def untouched(self) -> bool:
         """Whether the parts are still the layer's own, and nobody listens to them."""
         for siblings, name, part in self.parts:
             if siblings[name] is not part or part._forward_pre_hooks or "forward" in vars(part):

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attach import Attachment, attach
 from specdec.attention import TURN
+from specdec.compiled import load_compiled
 from specdec.core import Choice, Context, Drafter, Policy, Unsupported
 from specdec.decoder import Decoder
 from specdec.guard import GuardedDrafter
@@ -203,6 +204,7 @@ class Speculate:
             known = self._attached.get(model)
             if known is None or known[0] != attention:
                 found = self.trial(model)
+                load_compiled()
                 policy = ThroughputPolicy(found.costs) if isinstance(self.policy, str) else self.policy
                 known = self._attached[model] = attention, found, policy
                 self.stats.level = found.form.level

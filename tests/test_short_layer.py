@@ -22,6 +22,7 @@ from specdec import cpu
 from specdec.cache import SlotCache
 from specdec.policies import FixedPolicy
 from specdec.short_layer import ShortLayer, fits
+from specdec.short_stack import ShortStack
 from tests.tiny import Oracle, padded, prompt, same
 from tests.tiny import model as tiny_model
 
@@ -64,15 +65,20 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
-    """How many passes of ours each layer has made."""
+    """How many passes of ours each layer has made, by itself or with the others."""
     counts: Counter[Any] = Counter()
-    own = ShortLayer._run
+    single, together = ShortLayer._run, ShortStack._run
 
     def counted(self: ShortLayer, *args: Any) -> Any:
         counts[self.layer] += 1
-        return own(self, *args)
+        return single(self, *args)
+
+    def all_counted(self: ShortStack, *args: Any) -> Any:
+        counts.update(layer.layer for layer in self.layers)
+        return together(self, *args)
 
     monkeypatch.setattr(ShortLayer, "_run", counted)
+    monkeypatch.setattr(ShortStack, "_run", all_counted)
     return counts
 
 

@@ -1,0 +1,172 @@
+"""All decoder layers of a model in one call, where there are few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import output_capturing
+
+from specdec.cache import SlotCache, SlotLayer
+from specdec.short_layer import RECORDING, ShortLayer
+
+RUNNING: ContextVar[Running | None] = ContextVar("RUNNING", default=None)  # the pass of a ShortStack that is under way
+
+
+class ShortStack:
+    """The ``forward`` of a module with a list of layers, of which the first then runs them all in one call.
+
+    The others hand on what comes in. The module's own ``forward`` is run around them, so that embeddings, masks and
+    rotary embeddings are its own. Layers run one by one where the cache is not made of alike ``SlotLayer``s, where
+    somebody listens to a layer, and wherever a ``ShortLayer`` leaves a pass to the layer itself.
+
+    Args:
+        owner: the module.
+        modules: its list of layers.
+    """
+
+    def __init__(self, owner: nn.Module, modules: nn.ModuleList) -> None:
+        self.owner, self.modules = owner, modules
+        self.layers: list[ShortLayer] = [vars(layer)["forward"] for layer in modules]
+        self._read: list[list[int]] = []
+        for layer in self.layers:
+            layer.stack = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but addresses: a copy has its own."""
+        return {"owner": self.owner, "modules": self.modules, "layers": self.layers, "_read": []}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own ``forward``, its layers told that they are run in order.
+
+        Raises:
+            RuntimeError: they were not, or not all given the same mask, rotary embeddings and cache.
+        """
+        running = Running(self)
+        token = RUNNING.set(running)
+        try:
+            output = type(self.owner).forward(self.owner, *args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+        if running.result is not None and running.passed < len(self.layers):
+            raise self._surprised("leaves out its last layers")
+        return output
+
+    def run(self, layer: ShortLayer, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
+        """What a layer's ``forward`` returns; None where it must run itself."""
+        running = RUNNING.get()
+        if running is None or running.stack is not self:
+            return None
+        given = [kwargs.get(name) for name in ("attention_mask", "position_embeddings", "past_key_values")]
+        if layer is self.layers[0]:
+            running.given, running.result, running.passed = given, None, 0
+            if layer.can(hidden, **kwargs) and self._can(given[2], len(hidden)):
+                running.result = self._run(hidden, *given)
+        elif running.result is not None and not running.goes_on(layer, hidden, given):
+            raise self._surprised("changes what its layers are given from one to the next")
+        running.passed += 1
+        return running.result
+
+    def _surprised(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{type(self.owner).__name__} {what}: wrap the model with cpu_kernels=False")
+
+    def _can(self, cache: Any, batch: int) -> bool:
+        if type(cache) is not SlotCache or len(cache.layers) != len(self.layers):
+            return False
+        first = cache.layers[0]
+        plain = all(type(slots) is SlotLayer and slots.window is None and slots.like(first) for slots in cache.layers)
+        if not plain or len(first.lengths) != batch:
+            return False
+        if len(self.modules) != len(self.layers):
+            return False
+        return all(
+            vars(module).get("forward") is layer and layer.untouched() and not module.training and not _heard(module)
+            for layer, module in zip(self.layers, self.modules, strict=True)
+        )
+
+    def _run(self, hidden: torch.Tensor, mask: Any, turns: Any, cache: Any) -> torch.Tensor:
+        from specdec.kernels.stack_numba import stack  # compiles or loads: on first use
+
+        batch, nodes, width = hidden.shape
+        first, numbers = self.layers[0], hidden.reshape(batch * nodes, width).contiguous().numpy()
+        cos, sin, seen, threads = first.shared.read(turns, mask, batch, nodes)
+        weights, biases, norms = self._addresses()
+        starts = np.array(cache.layers[0].lengths) - cache.layers[0].offset
+        slots = np.array([layer.open(nodes) for layer in cache.layers])
+        keys = cache.layers[0].keys
+        assert not len(seen) or seen.shape[2] == keys.shape[2], "a mask has a column for each of the cache's slots"
+        y = stack(
+            numbers, weights, biases, norms, first.eps, cos, sin, slots, keys.stride()[:3], tuple(keys.shape), starts,
+            seen, first.scale, len(first.wq) // first.dim, len(first.wg), threads,
+        )  # fmt: skip
+        return torch.from_numpy(y).view(batch, nodes, width)
+
+    def _addresses(self) -> tuple[np.ndarray, ...]:
+        """Of weights, biases and norms of all layers; looked up again once a layer has others."""
+        if not self._read or any(
+            layer.addresses is not read for layer, read in zip(self.layers, self._read, strict=True)
+        ):
+            tables = [[_address(part) for part in parts] for layer in self.layers for parts in layer.tables]
+            self._tables = tuple(np.array(tables[kind::3]) for kind in range(3))
+            self._read = [layer.addresses for layer in self.layers]
+        return self._tables
+
+
+def _address(part: np.ndarray) -> int:
+    return part.ctypes.data if len(part) else 0
+
+
+class Running:
+    """One pass of a ShortStack.
+
+    Attributes:
+        given: the mask, rotary embeddings and cache of the first layer.
+        result: what the last layer says; None where layers run one by one.
+        passed: how many layers have been called.
+    """
+
+    given: Sequence[Any] = ()
+    result: torch.Tensor | None = None
+    passed = 0
+
+    def __init__(self, stack: ShortStack) -> None:
+        self.stack = stack
+
+    def goes_on(self, layer: ShortLayer, hidden: torch.Tensor, given: Sequence[Any]) -> bool:
+        """Whether a layer is the next, and given what goes through all of them."""
+        expected = self.stack.layers[self.passed] is layer and hidden is self.result
+        return expected and all(one is other for one, other in zip(given, self.given, strict=True))
+
+
+def alike(modules: nn.ModuleList) -> bool:
+    """Whether these are several layers, each a ``ShortLayer``'s, that differ in their numbers only."""
+    layers: list[Any] = [vars(module).get("forward") for module in modules]
+    if len(layers) < 2 or not all(isinstance(layer, ShortLayer) for layer in layers):
+        return False
+    config = layers[0].attention.config
+    if len(set(getattr(config, "layer_types", None) or [])) > 1 or any(
+        it.attention.config is not config for it in layers
+    ):
+        return False
+    return len({(layer.shared, *_facts(layer)) for layer in layers}) == 1
+
+
+def _facts(layer: ShortLayer) -> tuple[Any, ...]:
+    return layer.eps, layer.dim, layer.scale, *(part.shape for table in layer.tables for part in table)
+
+
+def _heard(layer: nn.Module) -> bool:
+    """Whether somebody listens to what goes into a layer or comes out of it."""
+    if layer._forward_pre_hooks:
+        return True
+    hooks = layer._forward_hooks.values()
+    return bool(hooks) and (_recording() or any(hook.__module__ != RECORDING for hook in hooks))
+
+
+def _recording() -> bool:
+    """Whether transformers takes down hidden states of the pass that is under way."""
+    return bool(output_capturing._active_collector.get())

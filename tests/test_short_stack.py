@@ -1,0 +1,268 @@
+"""All layers in one call: what single layers say, and single layers wherever somebody has a say in between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from specdec import cpu
+from specdec.cache import SlotCache
+from specdec.short_stack import ShortStack
+from tests.tiny import model as tiny_model
+from tests.tiny import prompt
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without measuring, and in one thread."""
+    monkeypatch.setattr(cpu, "_few", lambda weights: 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The nodes of each pass that went through all layers in one call."""
+    nodes: list[int] = []
+    own = ShortStack._run
+
+    def counted(self: ShortStack, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        nodes.append(hidden.shape[1])
+        return own(self, hidden, *args)
+
+    monkeypatch.setattr(ShortStack, "_run", counted)
+    return nodes
+
+
+def build(layers: int = 3, **changes: Any) -> Any:
+    """A random model with our layers."""
+    model = tiny_model("Llama", head_dim=16, num_hidden_layers=layers, **changes)
+    assert cpu.install(model) == ""
+    return model
+
+
+def plain(model: Any) -> Any:
+    """A copy with its own layers."""
+    other = copy.deepcopy(model)
+    cpu.remove(other)
+    return other
+
+
+@torch.no_grad()
+def said(model: Any, **arguments: Any) -> Any:
+    """What it says of three tokens behind two texts of unlike length, and the rows that it then holds."""
+    cache = SlotCache.of(DynamicCache(config=model.config))
+    model(input_ids=prompt(8, 2), past_key_values=cache, use_cache=True)
+    cache.keep([0, 0], [list(range(8)), list(range(5))])
+    mask = torch.zeros(2, 1, 3, 11, dtype=torch.bool)
+    for row, held in enumerate((8, 5)):
+        mask[row, 0, :, :held] = True
+        mask[row, 0, :, held : held + 3] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    positions = torch.tensor([[8, 9, 9], [5, 6, 6]])
+    inputs = {"input_ids": prompt(3, 2, 1), "attention_mask": mask, "position_ids": positions}
+    output = model(**inputs, past_key_values=cache, use_cache=True, **arguments)
+    return output, cache
+
+
+def alike(ours: torch.Tensor, own: torch.Tensor) -> None:
+    """Equal up to rounding."""
+    assert ours.shape == own.shape
+    assert (ours - own).abs().max() <= cpu.TOLERANCE * (own - own.mean(-1, keepdim=True)).abs().max()
+
+
+def test_logits_and_rows(stacked: list[int]) -> None:
+    model = build()
+    assert isinstance(vars(model.model)["forward"], ShortStack)
+    stacked.clear()
+    ours, rows = said(model)
+    assert stacked == [3]
+    own, expected = said(plain(model))
+    assert stacked == [3]
+    alike(ours.logits, own.logits)
+    assert rows.lengths == expected.lengths == [11, 8]
+    for layer, theirs in zip(rows.layers, expected.layers, strict=True):
+        alike(layer.keys[0], theirs.keys[0])
+        alike(layer.values[1, :, :8], theirs.values[1, :, :8])
+
+
+def test_rows_grow_where_there_is_no_room() -> None:
+    model, caches = build(), []
+    for each in (model, plain(model)):
+        cache = SlotCache.of(DynamicCache(config=model.config))
+        with torch.no_grad():
+            for n in (4, 200, 200):
+                logits = each(input_ids=prompt(n, 1, n), past_key_values=cache, use_cache=True).logits
+        caches.append((logits, cache.layers[2].keys))
+    alike(caches[0][0], caches[1][0])
+    alike(caches[0][1], caches[1][1])
+
+
+def _a_hook(model: Any, seen: list[torch.Tensor]) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+
+
+def _a_forward(model: Any, seen: list[torch.Tensor]) -> None:
+    layer = model.model.layers[1]
+    forward = layer.forward
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(forward(*args, **kwargs))
+        return 2 * seen[-1]
+
+    layer.forward = noted
+
+
+def _fewer(model: Any, seen: list[torch.Tensor]) -> None:
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+
+
+def _one_gone(model: Any, seen: list[torch.Tensor]) -> None:
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 2
+    model.model.layers[1].self_attn.layer_idx = 1
+
+
+def _another_order(model: Any, seen: list[torch.Tensor]) -> None:
+    first, second, _ = model.model.layers
+    model.model.layers[0], model.model.layers[1] = second, first
+    second.self_attn.layer_idx, first.self_attn.layer_idx = 0, 1
+
+
+def _a_part_of_its_own(model: Any, seen: list[torch.Tensor]) -> None:
+    model.model.layers[1].mlp.forward = lambda x: torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("change", [_a_hook, _a_forward, _fewer, _one_gone, _another_order, _a_part_of_its_own])
+def test_changed_layers_run_one_by_one(change: Callable[[Any, list[torch.Tensor]], None], stacked: list[int]) -> None:
+    model, seen, expected = build(), list[torch.Tensor](), list[torch.Tensor]()
+    own = plain(model)
+    change(model, seen)
+    change(own, expected)
+    stacked.clear()
+    alike(said(model)[0].logits, said(own)[0].logits)
+    assert not stacked
+    for ours, theirs in zip(seen, expected, strict=True):
+        alike(ours, theirs)
+
+
+def test_hidden_states_are_those_between_layers(stacked: list[int]) -> None:
+    model = build()
+    own = plain(model)
+    for asked in (True, False):
+        stacked.clear()
+        ours, theirs = (said(each, output_hidden_states=asked)[0] for each in (model, own))
+        assert stacked == ([] if asked else [3])  # transformers' hooks stay; nobody listens to them
+        alike(ours.logits, theirs.logits)
+        for one, other in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
+            alike(one, other)
+    assert len(said(model, output_hidden_states=True)[0].hidden_states) == 4
+
+
+def test_new_weights_are_seen(stacked: list[int]) -> None:
+    model = build()
+    said(model)
+    layer = model.model.layers[2].mlp.down_proj
+    layer.weight = torch.nn.Parameter(-layer.weight.detach().clone())
+    stacked.clear()
+    alike(said(model)[0].logits, said(plain(model))[0].logits)
+    assert stacked == [3]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own(copied: Callable[[Any], Any], stacked: list[int]) -> None:
+    model = build()
+    before = said(model)[0].logits
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+    stacked.clear()
+    alike(said(other)[0].logits, before)
+    assert stacked == [3]
+
+
+def test_other_caches_take_single_layers(stacked: list[int]) -> None:
+    model = build()
+    stacked.clear()
+    with torch.no_grad():
+        for each in (model, plain(model)):
+            cache = DynamicCache(config=model.config)
+            each(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            logits = each(input_ids=prompt(1), past_key_values=cache, use_cache=True).logits
+            each.said = logits
+            each.seen = cache.get_seq_length()
+            assert each.seen == 9
+    assert not stacked
+
+
+def test_layers_of_two_kinds_are_not_joined() -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 10}
+    model = tiny_model("Qwen3", head_dim=16, **kinds)
+    assert cpu.install(model) == ""
+    assert "forward" in vars(model.model.layers[0])
+    assert "forward" not in vars(model.model)
+
+
+class Leaving(torch.nn.ModuleList):
+    """Says that it has all layers, and lets only two be run."""
+
+    def __getitem__(self, which: Any) -> Any:
+        return list(self)[:2] if isinstance(which, slice) else super().__getitem__(which)
+
+
+def test_a_pass_over_some_of_the_layers_is_an_error() -> None:
+    model = build()
+    cache = SlotCache.of(DynamicCache(config=model.config))
+    with torch.no_grad():
+        model(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+        model.model.layers.__class__ = Leaving
+        with pytest.raises(RuntimeError, match=r"LlamaModel leaves out its last layers: .*cpu_kernels=False"):
+            model(input_ids=prompt(1), past_key_values=cache, use_cache=True)
+
+
+def test_something_between_two_layers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    second, own = model.model.layers[1], torch.nn.Module.__call__
+
+    def changed(self: Any, hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return own(self, hidden + 1 if self is second else hidden, *args, **kwargs)
+
+    said(model)
+    monkeypatch.setattr(type(second), "__call__", changed)
+    with pytest.raises(RuntimeError, match=r"changes what its layers are given .*cpu_kernels=False"):
+        said(model)
+
+
+def test_two_threads_at_once() -> None:
+    model = build()
+    expected = said(plain(model))[0].logits
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        for _ in range(10):
+            results.append(said(model)[0].logits)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    for each in results:
+        alike(each, expected)
+
+
+def test_it_is_taken_out_again() -> None:
+    model = build()
+    cpu.remove(model)
+    assert not any("forward" in vars(module) for module in model.modules())
