@@ -172,7 +172,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         first = self._first() - self.offset if first is None else first
         end = max(self.lengths) - self.offset if end is None else end
         rows = len(self.lengths)
-        self.keys, self.values = self._keys[:rows, :, first:end], self._values[:rows, :, first:end]
+        held = [slots if len(slots) == rows else slots[:rows] for slots in (self._keys, self._values)]
+        self.keys, self.values = (slots.narrow(2, first, end - first) for slots in held)  # quicker than an index
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Start from another cache's rows, the last of ``length`` tokens; they are copied."""

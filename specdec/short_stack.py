@@ -36,10 +36,6 @@ class ShortStack:
         for layer in self.layers:
             layer.stack = self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but addresses: a copy has its own."""
-        return {"owner": self.owner, "modules": self.modules, "layers": self.layers, "_read": []}
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``, its layers told that they are run in order.
 
@@ -81,12 +77,9 @@ class ShortStack:
         plain = all(type(slots) is SlotLayer and slots.window is None and slots.like(first) for slots in cache.layers)
         if not plain or len(first.lengths) != batch:
             return False
-        if len(self.modules) != len(self.layers):
+        if [vars(module).get("forward") for module in self.modules] != self.layers:
             return False
-        return all(
-            vars(module).get("forward") is layer and layer.untouched() and not module.training and not _heard(module)
-            for layer, module in zip(self.layers, self.modules, strict=True)
-        )
+        return all(layer.untouched() and not layer.layer.training and not _heard(layer.layer) for layer in self.layers)
 
     def _run(self, hidden: torch.Tensor, mask: Any, turns: Any, cache: Any) -> torch.Tensor:
         from specdec.kernels.stack_numba import stack  # compiles or loads: on first use

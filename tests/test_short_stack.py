@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from specdec import cpu
-from specdec.cache import SlotCache
+from specdec.cache import SlotCache, SlotLayer
+from specdec.short_layer import ShortLayer
 from specdec.short_stack import ShortStack
 from tests.tiny import model as tiny_model
 from tests.tiny import prompt
@@ -203,6 +205,59 @@ def test_other_caches_take_single_layers(stacked: list[int]) -> None:
             each.seen = cache.get_seq_length()
             assert each.seen == 9
     assert not stacked
+
+
+def test_windows_take_single_layers(stacked: list[int]) -> None:
+    model = build()
+    ours, theirs = (SlotCache(layers=[SlotLayer(6) for _ in range(3)]) for _ in range(2))
+    stacked.clear()
+    with torch.no_grad():
+        for each, cache in ((model, ours), (plain(model), theirs)):
+            each(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            each(input_ids=prompt(1), past_key_values=cache, use_cache=True)
+    assert not stacked
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        alike(one.keys, other.keys)
+
+
+def test_a_layer_called_by_itself_runs_alone(stacked: list[int]) -> None:
+    model = build()
+    x, turn, outputs = torch.randn(2, 1, 32), torch.ones(2, 1, 16), []
+    for each in (model, plain(model)):
+        _, cache = said(each)
+        stacked.clear()
+        given = {"attention_mask": torch.ones(2, 1, 1, 12, dtype=torch.bool), "position_embeddings": (turn, turn)}
+        with torch.no_grad():
+            outputs.append(each.model.layers[0](x, past_key_values=cache, **given))
+        assert not stacked
+    alike(*outputs)
+
+
+def test_layers_left_out_of_a_text_that_has_begun(stacked: list[int]) -> None:
+    model = build()
+    own = plain(model)
+    results = []
+    for each in (model, own):
+        cache = SlotCache.of(DynamicCache(config=model.config))
+        with torch.no_grad():
+            each(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            each.model.layers = each.model.layers[1:]
+            stacked.clear()
+            results.append(each(input_ids=prompt(1), past_key_values=cache, use_cache=True).logits)
+    assert not stacked
+    alike(*results)
+
+
+def test_a_model_that_gives_its_layers_something_else_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.nn.Module.__call__
+
+    def changed(self: Any, hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return own(self, hidden + self.self_attn.layer_idx, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", changed)
+    model = build()
+    assert isinstance(vars(model.model.layers[0])["forward"], ShortLayer)
+    assert "forward" not in vars(model.model)
 
 
 def test_layers_of_two_kinds_are_not_joined() -> None:
