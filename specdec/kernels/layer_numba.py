@@ -15,6 +15,7 @@ from numba import njit, prange
 from specdec.kernels.linear_numba import outputs_of, product
 from specdec.kernels.tile_numba import LANES, ROWS, mix
 
+FEWEST = 64  # slots of a part
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; but NaN and infinity keep their meaning
 
 
@@ -57,21 +58,68 @@ def after_cache(
     """
     batch, groups, slots, dim = shape
     heads, nodes = q.shape[1] // dim, len(x) // batch
-    seen = np.empty((len(x), heads * dim), np.float32)
     plain = _plain_columns(mask, slots)
-    for task in prange(batch * heads):
-        b, head = task // heads, task % heads
-        group = head // (heads // groups)
-        k = b * key_strides[0] + group * key_strides[1]
-        v = b * value_strides[0] + group * value_strides[1]
-        scores = np.empty((nodes, slots), np.float32)
-        at = q.ctypes.data + 4 * (b * nodes * heads + head) * dim
-        product(keys.ctypes.data + 4 * k, key_strides[2], at, heads * dim, scores.ctypes.data, slots, nodes, dim, slots)
-        for n in range(nodes):
-            _softmax(scores[n], mask, b, n, plain, scale)
-        seen_at = seen.ctypes.data + 4 * (b * nodes * heads + head) * dim
-        _weighted(scores, values.ctypes.data + 4 * v, value_strides[2], seen_at, heads * dim, dim)
-    after_attention(x, seen, wo, bo, norm, eps, wg, wu, wd, bg, bu, bd, y, threads)
+    parts = _parts(batch * groups, slots, threads)
+    seen = np.empty((parts, len(x), heads * dim), np.float32)
+    logs = np.empty((parts, len(x), heads), np.float32)
+    for task in prange(batch * groups * parts):
+        b, group, part = task // (groups * parts), task // parts % groups, task % parts
+        first, last = slots * part // parts, slots * (part + 1) // parts
+        k = keys.ctypes.data + 4 * (b * key_strides[0] + group * key_strides[1] + first * key_strides[2])
+        v = values.ctypes.data + 4 * (b * value_strides[0] + group * value_strides[1] + first * value_strides[2])
+        _attend(
+            q, b, nodes, group * (heads // groups), heads // groups, dim, k, key_strides[2], v, value_strides[2], first,
+            last, mask, plain, scale, seen[part], logs[part],
+        )  # fmt: skip
+    for part in range(1, parts):
+        _add_part(seen[0], logs[0], seen[part], logs[part], dim)
+    after_attention(x, seen[0], wo, bo, norm, eps, wg, wu, wd, bg, bu, bd, y, threads)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _parts(tasks: int, slots: int, threads: int) -> int:
+    """Into how many parts slots are divided, so that all threads have as much to do."""
+    parts = 1
+    while tasks * parts % threads:
+        parts += 1
+    return max(1, min(parts, slots // FEWEST))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _attend(
+    q: Any, b: int, nodes: int, head: int, heads: int, dim: int, keys: int, key_stride: int, values: int,
+    value_stride: int, first: int, last: int, mask: Any, plain: int, scale: float, seen: Any, logs: Any,
+) -> None:  # fmt: skip
+    """What batch row b's nodes read with ``heads`` heads, from ``head`` on, of slots ``first`` to ``last``.
+
+    Heads that share keys go over them together, so that these are read once. Logs of their sums of weights go to
+    ``logs`` [rows, heads].
+    """
+    queries, slots = np.empty((nodes * heads, dim), np.float32), last - first
+    for n in range(nodes):
+        for h in range(heads):
+            queries[n * heads + h] = q[b * nodes + n, (head + h) * dim : (head + h + 1) * dim]
+    scores, read = np.empty((nodes * heads, slots), np.float32), np.empty((nodes * heads, dim), np.float32)
+    product(keys, key_stride, queries.ctypes.data, dim, scores.ctypes.data, slots, nodes * heads, dim, slots)
+    for n in range(nodes):
+        for h in range(heads):
+            logs[b * nodes + n, head + h] = _softmax(scores[n * heads + h], mask, b, n, first, plain, scale)
+    _weighted(scores, values, value_stride, read.ctypes.data, dim, dim)
+    for n in range(nodes):
+        for h in range(heads):
+            seen[b * nodes + n, (head + h) * dim : (head + h + 1) * dim] = read[n * heads + h]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add_part(seen: Any, logs: Any, part: Any, part_logs: Any, dim: int) -> None:
+    """Merge what was read of other slots into ``seen`` and ``logs``."""
+    for n in range(len(seen)):
+        for head in range(logs.shape[1]):
+            ours, theirs = logs[n, head], part_logs[n, head]
+            if theirs > -np.inf:
+                _merge(seen[n, head * dim : (head + 1) * dim], part[n, head * dim : (head + 1) * dim], ours - theirs)
+                top = max(ours, theirs)
+                logs[n, head] = top + np.log(np.exp(ours - top) + np.exp(theirs - top))
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
@@ -98,7 +146,7 @@ def shared_attention(
             prefix,
         )  # fmt: skip
         for n in range(rows):
-            logs[n] = _softmax(scores[n], none, 0, 0, prefix, scale)
+            logs[n] = _softmax(scores[n], none, 0, 0, 0, prefix, scale)
         _weighted(scores, shared_values.ctypes.data + 4 * v, shared_value_strides[2], seen_at, wide, dim)
         own, read = np.empty((nodes, slots), np.float32), np.empty((nodes, dim), np.float32)
         for b in range(batch):
@@ -106,7 +154,7 @@ def shared_attention(
             first = at + 4 * b * nodes * wide
             product(keys.ctypes.data + 4 * k, key_strides[2], first, wide, own.ctypes.data, slots, nodes, dim, slots)
             for n in range(nodes):
-                logs[b * nodes + n] -= _softmax(own[n], mask, b, n, plain, scale)
+                logs[b * nodes + n] -= _softmax(own[n], mask, b, n, 0, plain, scale)
             _weighted(own, values.ctypes.data + 4 * v, value_strides[2], read.ctypes.data, dim, dim)
             for n in range(nodes):
                 _merge(seen[b * nodes + n][head * dim : (head + 1) * dim], read[n], logs[b * nodes + n])
@@ -200,10 +248,13 @@ def _plain_columns(mask: Any, slots: int) -> int:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
-def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> Any:
-    """Scores to weights, in place; hidden slots weigh nothing. Returns the log of the sum of exponentials."""
-    for s in range(plain, len(row)):
-        if not mask[b, n, s]:
+def _softmax(row: Any, mask: Any, b: int, n: int, first: int, plain: int, scale: float) -> Any:
+    """Scores of slots from ``first`` on to weights, in place; hidden slots weigh nothing.
+
+    Returns the log of the sum of exponentials.
+    """
+    for s in range(max(0, plain - first), len(row)):
+        if not mask[b, n, first + s]:
             row[s] = -np.inf
     top = row[0]
     for s in range(len(row)):
@@ -215,8 +266,9 @@ def _softmax(row: Any, mask: Any, b: int, n: int, plain: int, scale: float) -> A
     for s in range(len(row)):
         row[s] = exp(np.float32(scale) * (row[s] - top))
         total += row[s]
+    share = np.float32(1) / total
     for s in range(len(row)):
-        row[s] /= total
+        row[s] *= share
     return np.float32(scale) * top + np.float32(np.log(total))
 
 
