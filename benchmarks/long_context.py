@@ -1,11 +1,12 @@
 """What reading a long text costs, all of it, retrieved chunks, or a window; and what TriForce makes of that.
 
-    python benchmarks/long_context.py [--contexts 8192,32768,65536] [--needles 8192,32768] [--quick] [--json OUT]
+    python benchmarks/long_context.py [--contexts 8192,32768,65536] [--needles 8192,32768,65536] [--quick] [--json OUT]
 
 Passes and bytes are those of Llama's shape with random weights and made-up rows: as quick as a trained model's, but it
 says nothing. What a cache forgets, how often TriForce's levels agree and what that gains is measured on a small model
 that is trained first, in about a minute, to find records in noise (``needle.py``). Output is compared with plain
-decoding's, by the same kernels, before its speed is said. The JSON is written anew after each part.
+decoding's, by the same kernels, before its speed is said. The JSON is written anew after each part; parts are left out
+by ``--contexts ""`` or ``--lengths ""``.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from specdec.attach import attach
 from specdec.bench.machine import machine
 from specdec.cache import SlotCache
 from specdec.core import Budget, Context, DraftTree
-from specdec.drafters import LongSpecDrafter, NgramDrafter, SmallModelDrafter, TriForceDrafter
+from specdec.drafters import LongSpecDrafter, MergedDrafter, NgramDrafter, SmallModelDrafter, TriForceDrafter
 from specdec.drafters.longspec_layer import LongSpecLayer
 from specdec.drafters.middle import Middle, narrowed
 from specdec.model import Form, Model
-from specdec.policies import FixedPolicy
+from specdec.policies import FixedPolicy, ThroughputPolicy
 from specdec.streaming_cache import StreamingCache
 
 NODES = (1, 8)
@@ -176,13 +177,14 @@ def known(target: Model, root: int, answer: np.ndarray) -> np.ndarray:
 
 def decoding(model: Any, text: needle.Text, cache: DynamicCache, repeats: int = 5) -> list[dict[str, Any]]:
     """Plain decoding and drafts from some questions on: the same tokens, and how long they took after the prompt."""
+    triforce = partial(TriForceDrafter, NgramDrafter(), BUDGET)
+    both = MergedDrafter([NgramDrafter(), triforce()])  # one for all answers, as it would be in use
     methods: dict[str, tuple[Any, Any]] = {
         "plain": (NgramDrafter, FixedPolicy(0, 0, 0)),
         "ngram": (NgramDrafter, FixedPolicy(8, 8, 2)),
+        **{f"triforce {chunk}": (partial(triforce, chunk), FixedPolicy(6, 6, 1)) for chunk in CHUNKS},
+        "both, by cost": (lambda: both, ThroughputPolicy(attach(model).costs)),
     }
-    for chunk in CHUNKS:
-        triforce = partial(TriForceDrafter, NgramDrafter(), BUDGET, chunk)
-        methods[f"triforce {chunk}"] = (triforce, FixedPolicy(6, 6, 1))
     counts: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     for record in range(repeats):
         ids = torch.from_numpy(text.asked(record))[None]
@@ -237,15 +239,15 @@ def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", default="8192,32768,65536", help="tokens of which passes are timed")
-    parser.add_argument("--needles", default="8192,32768", help="tokens in which records are looked for")
+    parser.add_argument("--needles", default="8192,32768,65536", help="tokens in which records are looked for")
     parser.add_argument("--lengths", default="1024,4096,16384,32768", help="tokens behind which drafters are weighed")
     parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--quick", action="store_true", help="4096 tokens for all")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
     asked = ("4096",) * 3 if given.quick else (given.contexts, given.needles, given.lengths)
-    contexts, depths, lengths = ([int(each) for each in tokens.split(",")] for tokens in asked)
-    shape = synthetic(2 * max(contexts))
+    contexts, depths, lengths = ([int(each) for each in tokens.split(",") if each] for tokens in asked)
+    shape = synthetic(2 * max(contexts, default=1))
     report: dict[str, Any] = {"machine": machine(shape, "synthetic"), "budget": BUDGET, "window": WINDOW}
     report |= {part: [] for part in ("passes", "memory", "needles", "decoding")}
     note = partial(written, report, given.json)

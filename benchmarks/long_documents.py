@@ -24,7 +24,7 @@ from specdec.attach import attach
 from specdec.bench.machine import machine
 from specdec.bench.workloads import encode, own
 from specdec.commands import console
-from specdec.drafters import NgramDrafter, TriForceDrafter
+from specdec.drafters import MergedDrafter, NgramDrafter, TriForceDrafter
 from specdec.policies import FixedPolicy, ThroughputPolicy
 from specdec.speculate import auto_drafter
 
@@ -44,10 +44,12 @@ def main(
     target, tokenizer = console.load(model)
     cpu.install(target)
     costs = attach(target).costs
+    both = MergedDrafter([NgramDrafter(), TriForceDrafter(NgramDrafter(), long_context.BUDGET)])
     methods: dict[str, Any] = {
         "plain": lambda: (NgramDrafter(), FixedPolicy(0, 0, 0)),
         "ngram": lambda: (NgramDrafter(), FixedPolicy(4, 4, 1)),
         "triforce": lambda: (TriForceDrafter(NgramDrafter(), long_context.BUDGET), FixedPolicy(4, 4, 1)),
+        "both, by cost": lambda: (both, ThroughputPolicy(costs)),
         "auto": lambda: (auto_drafter(), ThroughputPolicy(costs)),
     }
     counts: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}

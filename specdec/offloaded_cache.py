@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from specdec.cache import SlotCache, SlotLayer, slot_layer
 
 HOST = torch.device("cpu")
+TOGETHER = 256  # tokens of a pass whose rows are copied to the host together; of a prompt all may not fit the device
 
 
 class OffloadedLayer(SlotLayer):
@@ -62,16 +64,27 @@ class OffloadedLayer(SlotLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As a ``SlotLayer``'s, but what is returned is on the device of ``key_states``."""
+        read = self.read(key_states, value_states)
+        self.add(key_states, value_states)
+        return read
+
+    def read(
+        self, key_states: Float[torch.Tensor, "b h n d"], value_states: Float[torch.Tensor, "b h n e"]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is held and a pass's keys and values behind it, on the device of those, which are not held yet."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n = key_states.shape[-2]
-        read = self._ahead or self._fetched(n)
+        read, self._ahead = self._ahead or self._fetched(n), None
         if read[0].shape[2] != max(self.lengths) + n:
             read = self._fetched(n)
         for rows, states in zip(read, (key_states, value_states), strict=True):
             self._write(rows, states)
-        super().update(key_states, value_states)
         return read
+
+    def add(self, keys: Float[torch.Tensor, "b h n d"], values: Float[torch.Tensor, "b h n e"]) -> None:
+        """Hold a pass's keys and values, from whatever device."""
+        super().update(keys, values)
 
     def _show(self, first: int | None = None, end: int | None = None) -> None:
         self._ahead = None  # it is of rows that are others now
@@ -110,15 +123,24 @@ class OffloadedCache(SlotCache):
         return self._copying
 
     _copying: torch.cuda.Stream | None = None
+    _added: tuple[tuple[OffloadedLayer, torch.Tensor, torch.Tensor], ...] = ()  # by the pass that is at work
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As any cache's; the next layer's rows are on their way when it returns."""
-        stream = self._stream
+        """As any cache's; the next layer's rows are on their way when it returns.
+
+        What a pass over a few tokens adds is held when its last layer has been run.
+        """
+        stream, layer = self._stream, self.layers[layer_idx]
         if stream is not None:
             torch.cuda.current_stream(key_states.device).wait_stream(stream)
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        together = isinstance(layer, OffloadedLayer) and key_states.shape[-2] <= TOGETHER
+        states: tuple[torch.Tensor, torch.Tensor]
+        if together:
+            states = layer.read(key_states, value_states)
+        else:
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if stream is not None:
             for rows in states:
                 rows.record_stream(torch.cuda.current_stream(key_states.device))  # it was allocated for the other one
@@ -126,7 +148,33 @@ class OffloadedCache(SlotCache):
         if isinstance(following, OffloadedLayer):
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 following.fetch(key_states.shape[-2])
+        if together:
+            self._add(layer, key_states, value_states)
         return states
+
+    def _add(self, layer: OffloadedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Remember what a pass adds to a layer; after the last layer, hold what it has added to all."""
+        layers = [each for each in self.layers if isinstance(each, OffloadedLayer)]
+        self._added = (*(() if layer is layers[0] else self._added), (layer, keys, values))
+        if layer is layers[-1]:
+            home = iter(self._brought_home([states for _, *pair in self._added for states in pair]))
+            for each, *_ in self._added:
+                each.add(next(home), next(home))
+            self._added = ()
+
+    def _brought_home(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies in the host's memory: in one piece, so that it waits for the device once."""
+        stream = self._stream
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            piece = torch.cat([each.flatten() for each in states])
+            home = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=stream is not None)
+            home.copy_(piece, non_blocking=True)
+        if stream is not None:
+            stream.synchronize()
+        parts = torch.split(home, [each.numel() for each in states])
+        return [part.view(each.shape) for part, each in zip(parts, states, strict=True)]
 
 
 def slots_of(cache: Cache) -> SlotCache | None:

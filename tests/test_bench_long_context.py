@@ -64,7 +64,7 @@ def test_a_window_forgets_and_a_large_enough_budget_does_not(
     full, eight, one, window = long_context.needles(model, text, cache, 4)
     assert full["recall"] == eight["recall"] == one["recall"] > window["recall"] + 0.1
     rows = long_context.decoding(model, text, cache, 1)
-    assert [row["method"] for row in rows] == ["plain", "ngram", "triforce 8", "triforce 1"]
+    assert [row["method"] for row in rows] == ["plain", "ngram", "triforce 8", "triforce 1", "both, by cost"]
     assert all(row["equal"] and row["tokens_per_step"] >= 1 for row in rows)
     assert rows[0]["speedup"] == rows[0]["tokens_per_step"] == 1
 

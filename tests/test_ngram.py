@@ -220,7 +220,7 @@ def test_memory_is_linear_in_the_text_and_goes_with_the_context():
     assert len(drafter.draft([context], [Budget(0, 0, 0)])[0]) == 1
     assert not context.scratch
     gc.collect()
-    assert drafter.bytes_used == empty
+    assert drafter.bytes_used == drafter.max_bytes == empty
 
 
 def test_contexts_are_independent_and_two_runs_are_alike():

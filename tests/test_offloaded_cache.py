@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import specdec
+from specdec import offloaded_cache
 from specdec.attach import attach
 from specdec.core import DraftTree
 from specdec.drafters import NgramDrafter, TriForceDrafter
@@ -47,7 +48,7 @@ def started(model: Any) -> Model:
 def test_rows_are_fetched_while_the_layer_before_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     target, order = started(tiny.build("Llama", num_hidden_layers=3)), []
     layers = target.cache.layers
-    for name in ("fetch", "update"):
+    for name in ("fetch", "read"):
         do = getattr(OffloadedLayer, name)
 
         def noted(layer: Any, *args: Any, name: str = name, do: Any = do) -> Any:
@@ -57,8 +58,27 @@ def test_rows_are_fetched_while_the_layer_before_is_at_work(monkeypatch: pytest.
 
         monkeypatch.setattr(OffloadedLayer, name, noted)
     target.forward([DraftTree.root(5)])
-    assert order == [("update", 0), ("fetch", 1), ("update", 1), ("fetch", 2), ("update", 2)]
+    assert order == [("read", 0), ("fetch", 1), ("read", 1), ("fetch", 2), ("read", 2)]
     assert all(layer._ahead is None for layer in layers), "nothing stays on the device"
+
+
+def test_what_a_pass_adds_is_brought_home_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last layer; of a long pass layer by layer, since a prompt's rows may not fit the device."""
+    pieces, bring = list[int](), OffloadedCache._brought_home
+
+    def noted(self: OffloadedCache, states: Any) -> Any:
+        assert self.lengths == [20]
+        pieces.append(len(states))
+        return bring(self, states)
+
+    target = started(tiny.build("Llama", num_hidden_layers=3))
+    monkeypatch.setattr(OffloadedCache, "_brought_home", noted)
+    for together in (2, 1):
+        monkeypatch.setattr(offloaded_cache, "TOGETHER", together)
+        target.forward([DraftTree.chain(5, [6], [0.9], "")])
+        assert pieces == [6]
+        assert target.cache.lengths == [22]
+        target.keep([[]])
 
 
 def test_what_is_held_is_one_piece_of_the_hosts_memory() -> None:

@@ -188,6 +188,30 @@ def test_memory_is_vocabulary_times_k_int32():
     assert row(grown, 1) == [5000, 1]  # rows survive growth
 
 
+def test_memory_is_bounded_by_leaving_out_large_token_ids(tmp_path):
+    rates = RecyclingDrafter(k=2).bytes_used
+    small = RecyclingDrafter(k=2, max_bytes=rates + 100 * 8 + 7)
+    learn(small, judged([99, 100, 4], [-1, 0, 0], [0], [[99, 100], [1, 2], [5000, 7]]))
+    assert small.bytes_used == rates + 100 * 8 <= small.max_bytes
+    assert row(small, 99) == [99]
+    assert row(small, 4) == [7]
+    assert row(small, 100) == []
+    assert small.draft([Context([4])], [WIDE])[0].tokens.tolist() == [4, 7]
+    large = RecyclingDrafter(k=2)
+    learn(large, judged([4, 100], [-1, 0], [0], [[100, 7], [1, 2]]))
+    for each in (small, large):
+        each.save(tmp_path / "memory")
+        small.load(tmp_path / "memory")
+        assert row(small, 4) == [7]
+        assert small.bytes_used <= small.max_bytes
+    small.load(tmp_path / "memory")
+    learn(small, judged([98], [-1], [0], [[98, 100]]))
+    assert row(small, 98) == [98]
+    assert RecyclingDrafter(k=2, vocab=5000, max_bytes=small.max_bytes).bytes_used == rates
+    with pytest.raises(ValueError, match="max_bytes"):
+        RecyclingDrafter(k=2, max_bytes=rates)
+
+
 @pytest.mark.parametrize("k", [1, 4, 10])
 def test_any_k_works(k):
     drafter, target = RecyclingDrafter(k=k), Target()

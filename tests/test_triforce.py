@@ -23,6 +23,7 @@ from specdec.drafters import (
     triforce,
 )
 from specdec.drafters.middle import Middle
+from specdec.drafters.triforce_worth import Worth
 from specdec.policies import FixedPolicy
 from specdec.verifiers import RejectionVerifier, rules
 from tests import enumerated, sampling, tiny
@@ -53,6 +54,12 @@ FIRSTS: dict[str, Any] = {
     "recycling": RecyclingDrafter,
     "a model": lambda: SmallModelDrafter(blurred(0.05), "best-first", cpu_kernels=False),
 }
+
+
+@pytest.fixture(autouse=True)
+def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are as deep as they may be; what they are worth is tested apart."""
+    monkeypatch.setattr(Worth, "depth", lambda self, context, most, agreed, anew: most)
 
 
 @pytest.fixture

@@ -18,20 +18,26 @@ _FEWEST_ROWS = 1024
 class Adjacency:
     """For each token, the candidates that the target ranked highest after it when it was last fed.
 
+    Args:
+        matrix: what is known already.
+        most: rows at most. Of tokens beyond them nothing is learnt, neither what follows them nor where they follow.
+
     Attributes:
         matrix: candidates by token and rank, -1 where nothing is known; grows with the token ids seen.
         lock: held while rows are written or copied, a few microseconds; also to be held while a tree is read off, or
             rows that change on the way may put one token twice beside itself.
     """
 
-    def __init__(self, matrix: Int32[np.ndarray, "vocab k"]):
-        self.matrix = matrix
+    def __init__(self, matrix: Int32[np.ndarray, "vocab k"], most: int = 1 << 31):
+        inside = matrix[:most]
+        self.matrix = inside if len(matrix) <= most else np.where(inside < most, inside, EMPTY)
+        self.most = most
         self.lock = threading.Lock()
 
     @classmethod
-    def empty(cls, rows: int, k: int) -> Adjacency:
+    def empty(cls, rows: int, k: int, most: int = 1 << 31) -> Adjacency:
         """Nothing known, of any of the first ``rows`` tokens or another."""
-        return cls(np.full((rows, k), EMPTY, np.int32))
+        return cls(np.full((min(rows, most), k), EMPTY, np.int32), most)
 
     def learn(self, verdict: Verdict) -> None:
         """Take the candidates at every node, accepted or not, as their tokens' rows.
@@ -65,9 +71,11 @@ class Adjacency:
     def _reserve(self, token: int) -> None:
         rows, k = self.matrix.shape
         if token >= rows:
-            grown = np.full((max(token + 1, rows + rows // 4, _FEWEST_ROWS), k), EMPTY, np.int32)
-            grown[:rows] = self.matrix
-            self.matrix = grown
+            need = min(self.most, max(token + 1, rows + rows // 4, _FEWEST_ROWS))
+            if need > rows:
+                grown = np.full((need, k), EMPTY, np.int32)
+                grown[:rows] = self.matrix
+                self.matrix = grown
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -91,10 +99,11 @@ def _write_rows(
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _write_row(matrix: np.ndarray, token: int, candidates: np.ndarray) -> None:
-    if token < 0 or len(candidates) == 0 or candidates[0] < 0:
+    if not 0 <= token < len(matrix) or len(candidates) == 0 or candidates[0] < 0:
         return
     for rank in range(matrix.shape[1]):
-        matrix[token, rank] = candidates[rank] if rank < len(candidates) else EMPTY
+        inside = rank < len(candidates) and candidates[rank] < len(matrix)
+        matrix[token, rank] = candidates[rank] if inside else EMPTY
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

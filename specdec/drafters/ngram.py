@@ -62,6 +62,11 @@ class NgramDrafter:
         with self._lock:
             return self._acceptance.bytes_used + sum(text.bytes_used for text in self._texts)
 
+    @property
+    def max_bytes(self) -> int:
+        """Bytes held at most between texts: what was learnt, which does not grow."""
+        return self._acceptance.bytes_used
+
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
         tokens, text = context.tokens, self._text(context)
         text.learn(tokens, self._acceptance)

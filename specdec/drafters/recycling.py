@@ -28,8 +28,9 @@ class RecyclingDrafter:
     learnt serves all later contexts of the same namespace. The tree is grown best first within the budget, with the
     acceptance of each rank and depth learnt on line, or filled into a fixed template.
 
-    It wants ``k`` candidates per node; its guesses are chosen, not sampled. Memory is 4 * k bytes per row for token ids
-    up to the largest seen, per namespace. Threads may share a drafter.
+    It wants ``k`` candidates per node; its guesses are chosen, not sampled. A namespace takes 4 * k bytes per row for
+    token ids up to the largest seen. Of ids for which ``max_bytes`` has no room nothing is learnt: vocabularies mostly
+    give frequent tokens low ones. Threads may share a drafter.
 
     Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling"
     (arXiv 2408.08696).
@@ -40,9 +41,11 @@ class RecyclingDrafter:
             first, with node 0 the root. The budget cuts a template's least likely nodes.
         namespaces: how many namespaces are kept; the least recently used is forgotten.
         vocab: rows to allocate at once; more are added when larger token ids are seen.
+        max_bytes: memory for what is learnt in each namespace, and for the rates of all of them. The default is room
+            for the first million of token ids with 8 candidates each.
 
     Raises:
-        ValueError: k or namespaces below 1, or a template that is no tree.
+        ValueError: k or namespaces below 1, too few bytes for a row, or a template that is no tree.
     """
 
     name = "recycling"
@@ -54,13 +57,20 @@ class RecyclingDrafter:
         template: str | Template | None = None,
         namespaces: int = 16,
         vocab: int = 0,
+        max_bytes: int = 32 << 20,
     ):
         if k < 1:
             raise ValueError(f"k must be at least 1, got k={k}")
         self.k = self.topk = k
+        self.max_bytes = max_bytes
         self._template = None if template is None else _checked(template)
-        self._memories = Namespaces(lambda: Adjacency.empty(vocab, k), namespaces)
         self._ranks = Acceptance(prior(k), weight=8.0)
+        most = self._most = (max_bytes - self._ranks.bytes_used) // (4 * k)
+        if most < 1:
+            raise ValueError(
+                f"max_bytes={max_bytes} has no room for a row of k={k} candidates; give a megabyte or more"
+            )
+        self._memories = Namespaces(lambda: Adjacency.empty(vocab, k, most), namespaces)
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One tree per context, within its budget; the root alone where its token was never fed."""
@@ -80,7 +90,7 @@ class RecyclingDrafter:
         recycling_file.write(path, self.k, matrices, **self._ranks.counts())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Replace everything that was learnt by what ``save`` wrote; on an error nothing changes.
+        """Replace everything that was learnt by what ``save`` wrote, where there is room; on an error nothing changes.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -90,7 +100,7 @@ class RecyclingDrafter:
         ranks = Acceptance(prior(self.k), weight=8.0)
         ranks.accepted[:], ranks.offered[:] = counts["accepted"], counts["offered"]
         self._ranks = ranks
-        self._memories.replace({name: Adjacency(matrix) for name, matrix in matrices.items()})
+        self._memories.replace({name: Adjacency(matrix, self._most) for name, matrix in matrices.items()})
 
     @property
     def bytes_used(self) -> int:

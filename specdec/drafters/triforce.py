@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from specdec.cache import SlotCache
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
-from specdec.drafters.middle import Middle, chosen
+from specdec.drafters.middle import SURE, Middle, chosen
 from specdec.drafters.small_model import SmallModelDrafter
+from specdec.drafters.triforce_worth import Worth
 from specdec.masks import Reach
 from specdec.model import Model, reaches
 
@@ -30,8 +32,8 @@ class TriForceDrafter:
     the draft, with that law where tokens are drawn, and any verifier judges it exactly over the full cache. The
     retrieval cache is built anew after every 256 tokens, and where the target has come to agree too rarely.
 
-    It needs the target, which ``bind`` hands it. Where nobody does, or the target's rows cannot serve, and as long as a
-    text fits the budget, the trees are ``first``'s own.
+    It needs the target, which ``bind`` hands it. Where nobody does, or the target's rows cannot serve, as long as a
+    text fits the budget, and where writing takes longer than it saves, the trees are ``first``'s own; see ``Worth``.
 
     TriForce (Sun et al. 2024, arXiv 2404.11912), without the resampling of its published code, which is not exact.
 
@@ -44,6 +46,7 @@ class TriForceDrafter:
         agreed: how often, 0 to 1, the target must have agreed lately, or the cache is built anew.
         name: what ``stats`` calls it.
         seed: of its random generator.
+        clock: seconds, as ``time.perf_counter``.
 
     Raises:
         ValueError: a budget of less than two chunks, or a ``first`` that wants hidden states.
@@ -60,6 +63,7 @@ class TriForceDrafter:
         agreed: float = 0.6,
         name: str = "triforce",
         seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if chunk < 1 or budget < 2 * chunk:
             raise ValueError(f"budget={budget}, chunk={chunk}: give room for two chunks at least")
@@ -70,6 +74,7 @@ class TriForceDrafter:
         # Not the seed itself: a target that starts from the same one would draw the very numbers of its draft.
         own = np.random.SeedSequence([seed, OWN]).generate_state(1, np.uint32)
         self.generator = torch.Generator().manual_seed(int(own[0]))
+        self.clock, self.worth = clock, Worth()
 
     def bind(self, target: Model, contexts: Sequence[Context]) -> str:
         """Draft for these contexts, one for each row of the target, with the target itself.
@@ -88,11 +93,12 @@ class TriForceDrafter:
         pairs = list(zip(contexts, budgets, strict=True))
         free = [pair for pair in pairs if self not in pair[0].scratch]
         others = iter(self.first.draft(*map(list, zip(*free, strict=True))) if free else [])
-        return [self._draft(*pair) if self in pair[0].scratch else next(others) for pair in pairs]
+        return [self._draft(*pair, len(pairs)) if self in pair[0].scratch else next(others) for pair in pairs]
 
-    def _draft(self, context: Context, budget: Budget) -> DraftTree:
+    def _draft(self, context: Context, budget: Budget, rows: int) -> DraftTree:
         middle: Middle = context.scratch[self]
         middle.learn(context.tokens)
+        self.worth.learn(context, rows)
         middle.choice = context.choice
         if context.finished:
             del context.scratch[self]
@@ -100,14 +106,20 @@ class TriForceDrafter:
         if depth < 1 and not context.finished:
             return DraftTree.root(int(context.tokens[-1]))
         text = middle.text = self._settled(middle.text, context)
-        if context.finished or middle.length <= self.budget:
+        anew, fits = self._due(middle), middle.length <= self.budget
+        agreed = max(SURE, middle.agreed) if anew else middle.agreed
+        depth = 0 if context.finished or fits else self.worth.depth(context, depth, agreed, anew)
+        if not depth:
             return self.first.draft([text], [budget])[0]
+        start = self.clock()
         try:
-            middle.refresh(int(context.tokens[-1]), self._due(middle))
-            return self._written(context, text, middle, budget, depth)
+            middle.refresh(int(context.tokens[-1]), anew)
+            tree = self._written(context, text, middle, budget, depth)
         except BaseException:  # nobody knows what its rows hold now
             del context.scratch[self]
             raise
+        self.worth.wrote(context, tree.tokens[1 : depth + 1].tolist(), anew, self.clock() - start)
+        return tree
 
     @staticmethod
     def _depth(budget: Budget, agreed: float) -> int:
