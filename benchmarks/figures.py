@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tables import agents, costs, drafts, long, speeds, text
+from tables import agents, costs, drafts, hindsight, long, speeds, text
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIEF = ("plain+kernels", "auto", "auto+kernels", "prompt-lookup", "prompt-lookup+kernels")
@@ -23,6 +23,7 @@ def main() -> None:
             "costs": costs.costs(results),
             "speeds": speeds.figures(results, against=True),
             "the same twice": speeds.same_twice(results),
+            "hindsight": hindsight.hindsight(results),
             "nothing to gain": costs.adversarial(results),
             "suffix trees": text.suffix_table(results),
         },

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-SHARE = 0.005  # of all time
-FIRST, MOST = 1.5, 16.0  # with units of plain steps: 2% of the first hundred, and then less and less
+SHARE = 0.006  # of all time
+FIRST, MOST = 1.4, 16.0  # with units of plain steps: 2% of the first hundred, and then less and less
 # What long first calls count, which may have compiled something: they are paid off in 4, 16, 64 times as long.
 COUNTS = (0.02, 0.08, 0.32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from numba import njit
 
 from specdec import storage
 
 LARGEST = 1024  # tokens fed in one pass, over all rows; what larger ones cost is not told apart
-FRESH = 0.1  # weight of the newest pass
-SHARED = 0.3  # how much of it is taken to say something about the machine, and so about passes of all sizes
+FRESH = 0.1  # weight of the newest pass, at least: the first few count for more
+MEASURED = 5.0  # how many passes the first measurement counts for
+SHARED = 0.3  # how much of a pass is taken to say something about the machine, and so about passes of all sizes
 SURPRISE = 0.4  # log ratio beyond which a pass is taken to have been disturbed
+DOUBT = 0.2  # by how much a single pass may mislead, as a share of its time
+LEAST_RISE = 0.25  # of what a token adds on average, up to passes over so many: what it is taken to add at least
+WIDE = 32
 KIND, VERSION = "costs", 1
 SAVED_FOR = 60.0  # seconds that a saved state is fresh enough
 
@@ -26,8 +32,11 @@ class Costs:
         T = curve[rows * nodes] + rows * context * (read + attend * nodes)
 
     A linear layer does not know which row a token is of, so their product is what counts there; attention reads each
-    row's keys and values, and computes with them for every node. No pass is taken to cost more than a larger one: a
-    size that was disturbed when it was timed would else never be chosen, and so never be known better.
+    row's keys and values, and computes with them for every node.
+
+    No pass is taken to cost more than a larger one: a size that was disturbed when it was timed would else never be
+    chosen, and so never be known better. Nor is a larger one taken to be free: where a size seemed to cost as much as a
+    larger one, a line between its neighbours stands for it, and each node more is taken to cost something.
 
     Args:
         seconds: of passes over a short text by tokens fed; straight lines are drawn between and beyond them.
@@ -36,6 +45,8 @@ class Costs:
 
     Attributes:
         curve: seconds by tokens fed, from 1 to ``LARGEST``; moved by ``learn``.
+        seen: of about how many passes that is known, by tokens fed.
+        rise: what each token adds at least, as a share of a plain pass.
         path: where it is kept for later processes; None for nowhere.
     """
 
@@ -45,17 +56,33 @@ class Costs:
     def __init__(self, seconds: Mapping[int, float], read: float = 0.0, attend: float = 0.0) -> None:
         sizes = np.array(sorted(seconds))
         times = np.minimum.accumulate([seconds[n] for n in sorted(seconds, reverse=True)])[::-1]
-        fed = np.arange(1, LARGEST + 1)
+        sound = np.append(times[:-1] < times[1:], True)
+        sound[:2] = True  # many libraries multiply a single row in another way, so that two cost as much as more
+        sizes, times, fed = sizes[sound], times[sound], np.arange(1, LARGEST + 1)
         slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
-        self.curve = np.interp(fed, sizes, times) + max(0.0, slope) * np.maximum(0, fed - sizes[-1])
+        self.curve = np.interp(fed, sizes, times) + slope * np.maximum(0, fed - sizes[-1])
+        self.rise = _least_rise(self.curve)
+        self.seen = np.full(LARGEST, MEASURED)
         self.read, self.attend = read, attend
 
     def times(self, nodes: int, context: int, rows: int = 1) -> Float[np.ndarray, " sizes"]:
         """Seconds of passes over 1, 2, ... ``nodes`` nodes per row, roots included; none larger than ``LARGEST``."""
         sizes = np.arange(1, max(1, min(nodes, LARGEST // rows)) + 1)
         fed = np.minimum(rows * sizes, LARGEST)
-        times: np.ndarray = self.curve[fed - 1] + rows * context * (self.read + self.attend * sizes)
+        least = self.curve[fed[0] - 1] * (1 + self.rise * (fed - fed[0]))
+        times: np.ndarray = np.maximum(self.curve[fed - 1], least) + rows * context * (self.read + self.attend * sizes)
         return times
+
+    def time(self, nodes: int, context: int, rows: int = 1) -> float:
+        """Seconds of a pass over so many nodes per row, the root included."""
+        fed, roots = min(rows * nodes, LARGEST), min(rows, LARGEST)
+        least = self.curve[roots - 1] * (1 + self.rise * (fed - roots))
+        return float(max(self.curve[fed - 1], least)) + rows * context * (self.read + self.attend * nodes)
+
+    def doubt(self, nodes: int, rows: int = 1) -> float:
+        """By how much the time of a pass over so many nodes per row may be misjudged, as a share of a plain one's."""
+        least = min(self.seen[min(rows, LARGEST) - 1], self.seen[min(rows * nodes, LARGEST) - 1])
+        return DOUBT / math.sqrt(least)
 
     def learn(self, nodes: int, context: int, rows: int, seconds: float) -> None:
         """Move the curve towards what a pass took, most where passes are about as large.
@@ -64,14 +91,9 @@ class Costs:
         """
         if seconds <= 0 or rows * nodes > LARGEST:
             return
-        surprise = np.clip(np.log(seconds / self.times(nodes, context, rows)[-1]), -SURPRISE, SURPRISE)
-        fed = np.arange(1.0, LARGEST + 1)
-        likeness = np.minimum(fed, rows * nodes) / np.maximum(fed, rows * nodes)
-        for _ in range(4):
-            likeness *= likeness  # to the power of 16: a step of the curve at some size does not blur much
-        self.curve *= np.exp(FRESH * surprise * (SHARED + (1 - SHARED) * likeness))
-        smaller = self.curve[: rows * nodes]
-        np.minimum(smaller, smaller[-1], out=smaller)
+        expected = self.curve[rows * nodes - 1] + rows * context * (self.read + self.attend * nodes)
+        surprise = math.log(seconds / expected)
+        learn(self.curve, self.seen, rows * nodes, min(max(surprise, -SURPRISE), SURPRISE))
 
     def save(self, path: Path) -> None:
         """Write it to ``path``, and from now on ``keep`` it there. Raises OSError where that cannot be written."""
@@ -97,5 +119,22 @@ class Costs:
             raise ValueError(f"{path} does not say what passes cost: {error!r}") from error
         if costs.curve.shape != (LARGEST,) or not (costs.times(LARGEST, LARGEST) > 0).all() or costs.read < 0:
             raise ValueError(f"{path} says that passes cost nothing")
+        costs.rise = _least_rise(costs.curve)
         costs.path, costs.saved = path, time.monotonic()
         return costs
+
+
+def _least_rise(curve: Float[np.ndarray, " sizes"]) -> float:
+    return LEAST_RISE * max(0.0, float(curve[WIDE - 1] / curve[0] - 1)) / (WIDE - 1)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def learn(curve: np.ndarray, seen: np.ndarray, fed: int, surprise: float) -> None:
+    """What ``Costs.learn`` does: ``surprise`` is the logarithm of what a pass took over what was expected of it."""
+    for n in range(1, len(curve) + 1):
+        likeness = (min(n, fed) / max(n, fed)) ** 16  # a step of the curve at some size does not blur much
+        moved = SHARED + (1 - SHARED) * likeness
+        curve[n - 1] *= np.exp(max(FRESH, 1 / (1 + seen[n - 1])) * surprise * moved)
+        seen[n - 1] += moved
+    for n in range(1, fed):
+        curve[n - 1] = min(curve[n - 1], curve[fed - 1])

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from specdec.core import Budget, Context, Drafter, DraftTree, Policy, Verdict, Verifier
 
+NOTHING = Budget(0, 0, 0)
+
 
 class Observer(Protocol):
     """What a decoder tells about its steps; ``Stats`` is one."""
@@ -44,7 +46,7 @@ class Decoder:
             self.step(contexts, [context for context, done in zip(contexts, over, strict=True) if not done])
         for context in contexts:
             context.finished = True
-        self.drafter.draft(contexts, [Budget(0, 0, 0)] * len(contexts))  # the last chance to learn from the end
+        self.drafter.draft(contexts, [NOTHING] * len(contexts))  # the last chance to learn from the end
 
     def step(self, contexts: Sequence[Context], live: Sequence[Context]) -> None:
         """Draft for the ``live`` ones among the contexts of a batch, verify, extend."""
@@ -60,5 +62,7 @@ class Decoder:
                 self.observer.observe(verdict)
 
     def _fitted(self, context: Context, budget: Budget) -> Budget:
+        if budget.nodes <= 0:
+            return NOTHING
         depth = max(0, min(budget.depth, self.room(context)))
         return Budget(budget.nodes if depth and budget.width else 0, depth, budget.width, budget.least)

@@ -62,6 +62,8 @@ class GuardedDrafter:
         return self._within(tree, budget)
 
     def _within(self, tree: DraftTree, budget: Budget) -> DraftTree:
+        if len(tree) == 1:
+            return tree
         width = 1 if self.chains else budget.width
         # What is cut off a sampled tree must not depend on what was sampled: the last draws go.
         weight = tree.probability if tree.law is None else np.ones(len(tree), np.float32)

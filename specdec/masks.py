@@ -32,6 +32,9 @@ class Layout:
     def of(cls, batch: Sequence[DraftTree], width: int) -> Layout:
         """Lay out trees of at most ``width`` nodes."""
         rows = len(batch)
+        if width == max(map(len, batch)) == 1:
+            roots = torch.tensor([[int(tree.tokens[0])] for tree in batch])
+            return cls(roots, torch.zeros_like(roots), torch.ones(rows, 1, 1, dtype=torch.bool))
         tokens = np.zeros((rows, width), np.int64)
         depth = np.zeros((rows, width), np.int64)
         ancestors = np.zeros((rows, width, width), np.bool_)

@@ -250,9 +250,11 @@ class Model:
     @torch.no_grad()
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Of the last pass, keep each row's path, root first; an empty path leaves the row as it was before."""
+        whole = all(len(path) == self._width(self._batch) for path in paths)
         if isinstance(self.cache, SlotCache):
-            self.cache.keep(self._base, paths)
-        elif any(len(path) < self._width(self._batch) for path in paths):
+            if not (whole and _grows(self.cache)):
+                self.cache.keep(self._base, paths)
+        elif not whole:
             self._replay(paths)
         self.lengths = [base + len(path) for base, path in zip(self._base, paths, strict=True)]
 
@@ -301,6 +303,11 @@ def compiled(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
         module.forward, "_torchdynamo_orig_callable"
     )
+
+
+def _grows(cache: SlotCache) -> bool:
+    """Whether after a pass that is kept whole there is nothing to do: no layer drops what is out of reach."""
+    return all(type(layer) is SlotLayer and layer.window is None for layer in cache.slots)
 
 
 def _padded_left(visible: torch.Tensor) -> bool:

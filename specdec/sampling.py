@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from transformers.generation import logits_process as process
 from transformers.generation import stopping_criteria as stopping
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from specdec.kernels.topk import topk
 
 # Processors that treat each row by itself and remember nothing, so that rows may be at different lengths.
 ROWWISE = (
@@ -46,34 +48,9 @@ ROWWISE_CRITERIA = (
     stopping.StopStringCriteria,
 )
 
-
-@dataclass(slots=True)
-class Group:
-    """Batch rows that commit their tokens together; all are equally long.
-
-    Attributes:
-        rows: their numbers in the batch.
-        ids: their committed tokens, padding included, in a buffer of which the first ``length`` columns count.
-        unfinished: 1 for each row that no stopping rule has ended.
-    """
-
-    rows: list[int]
-    ids: Int[torch.Tensor, "rows capacity"]
-    length: int
-    unfinished: Int[torch.Tensor, " rows"]
-
-    @property
-    def done(self) -> bool:
-        """Whether every row of the group has ended."""
-        return not bool(self.unfinished.any())
-
-    def append(self, tokens: Int[torch.Tensor, " rows"]) -> Int[torch.Tensor, "rows length"]:
-        """Commit one token per row; return all committed ids."""
-        if self.length == self.ids.shape[1]:
-            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], dim=1)
-        self.ids[:, self.length] = tokens
-        self.length += 1
-        return self.ids[:, : self.length]
+ROOM = 256  # columns for committed tokens, at first
+Tokens = Int[torch.Tensor, " rows"]
+Group = list[int]  # rows of the batch that commit their tokens together, ascending; all are equally long
 
 
 class Noise:
@@ -88,22 +65,24 @@ class Noise:
         self.steps: dict[int, torch.Tensor] = {}
         self.drawn = 0
 
-    def draw(self, probabilities: Float[torch.Tensor, "1 vocab"], row: int, step: int) -> Int[torch.Tensor, " 1"]:
-        """What ``torch.multinomial`` over the batch would draw for ``row`` at ``step``."""
+    def draw(self, probabilities: Float[torch.Tensor, "drawing vocab"], rows: Group, step: int) -> Tokens:
+        """What ``multinomial`` over the batch would draw for ``rows`` at ``step``; ``probabilities`` are used up."""
         if not math.isfinite(float(probabilities.sum())):
-            return torch.multinomial(probabilities, 1)[0]  # raises as plain generate does
+            return torch.multinomial(probabilities, 1)[:, 0]  # raises as plain generate does
         while self.drawn <= step:
             whole = probabilities.new_empty(self.rows, probabilities.shape[1])
             self.steps[self.drawn] = whole.exponential_(1)
             self.drawn += 1
-        return (probabilities[0] / self.steps[step][row]).argmax(-1, keepdim=True)
+        return greatest(probabilities.div_(self.steps[step][_span(rows)]))
 
     def forget(self, before: int) -> None:
-        """Drop the steps that every row has passed."""
+        """Drop the steps that every row has passed; those that no row has drawn by then, none will."""
+        self.drawn = max(self.drawn, before)
         for step in [step for step in self.steps if step < before]:
             del self.steps[step]
 
     @staticmethod
+    @cache
     def agrees(device: torch.device) -> bool:
         """Whether this torch draws as assumed here; the generator's state is left as it was."""
         devices = [device] if device.type == "cuda" else []
@@ -114,7 +93,7 @@ class Noise:
             after = torch.rand(1, device=device)
             torch.cuda.set_rng_state(state, device) if devices else torch.set_rng_state(state)
             noise = Noise(3)
-            ours = torch.cat([noise.draw(probabilities[row : row + 1], row, 0) for row in range(3)])
+            ours = torch.cat([noise.draw(probabilities[row : row + 1].clone(), [row], 0) for row in range(3)])
             return bool((ours == theirs).all() and (torch.rand(1, device=device) == after).all())
 
 
@@ -152,10 +131,11 @@ class Sampler:
         rows = input_ids.shape[0]
         # A streamer is given whole steps.
         together = rows == 1 or lockstep or streamer is not None or not self._rowwise(input_ids.device)
-        self.groups = [
-            self._group(input_ids, which) for which in ([list(range(rows))] if together else [[r] for r in range(rows)])
-        ]
-        self.noise = None if together or not self.sample else Noise(rows)
+        self.groups: list[Group] = [list(range(rows))] if together else [[row] for row in range(rows)]
+        # On the CPU torch's own multinomial takes longer than this; elsewhere it serves where rows stay together.
+        drawn = self.sample and (not together or (input_ids.device.type == "cpu" and Noise.agrees(input_ids.device)))
+        self.noise = Noise(rows) if drawn else None
+        self.ids = torch.cat([input_ids, input_ids.new_empty(rows, ROOM)], dim=1)  # with room for what will come
         self.generated: list[list[int]] = [[] for _ in range(rows)]
         self.finished = [False] * rows
 
@@ -170,10 +150,24 @@ class Sampler:
             and (not self.sample or Noise.agrees(device))
         )
 
-    @staticmethod
-    def _group(input_ids: torch.Tensor, rows: list[int]) -> Group:
-        ids = torch.cat([input_ids[rows], input_ids.new_empty(len(rows), 256)], dim=1)
-        return Group(rows, ids, input_ids.shape[1], torch.ones(len(rows), dtype=torch.long, device=ids.device))
+    def length(self, group: Group) -> int:
+        """How many tokens each row of a group has, padding included."""
+        return self.prompt + len(self.generated[group[0]])
+
+    def committed(self, group: Group) -> Int[torch.Tensor, "rows length"]:
+        """A group's tokens, padding included. Not those of ``commit_quick``."""
+        return self.ids[_span(group), : self.length(group)]
+
+    def over(self, group: Group) -> bool:
+        """Whether every row of a group has ended."""
+        return all(self.finished[row] for row in group)
+
+    def abreast(self) -> list[Group]:
+        """Groups for a step in which nothing is guessed: rows by themselves go together while they are equally long."""
+        going = [row for row, over in enumerate(self.finished) if not over]
+        if len(self.groups) == 1 or len({len(self.generated[row]) for row in going}) > 1:
+            return self.groups
+        return [going, *([row] for row, over in enumerate(self.finished) if over)]
 
     @property
     def quick(self) -> bool:
@@ -183,7 +177,7 @@ class Sampler:
             and self.scores is None
             and self.logits is None
             and self.brief
-            and all(len(group.rows) == 1 for group in self.groups)
+            and all(len(group) == 1 for group in self.groups)
         )
 
     @property
@@ -209,75 +203,79 @@ class Sampler:
         return self.scores is not None or self.logits is not None
 
     def foresee(
-        self, group: Group, row: int, path: Int[np.ndarray, " path"], logits: Float[torch.Tensor, " vocab"]
+        self, row: int, path: Int[np.ndarray, " path"], logits: Float[torch.Tensor, " vocab"]
     ) -> Float[torch.Tensor, " vocab"]:
         """What the processors would make of one row's logits if ``path`` had been committed; needs ``foresees``."""
-        place = group.rows.index(row)
-        committed = group.ids[place : place + 1, : group.length]
+        committed = self.committed([row])
         ids = torch.cat([committed, torch.from_numpy(path[None]).to(committed.device)], dim=1)
         scores: torch.Tensor = self.processors(ids, logits[None].to(copy=True, dtype=torch.float32, device=ids.device))
         return scores[0]
 
-    def choose(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
-        """The group's next tokens; rows that have ended get padding."""
+    def choose(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Tokens:
+        """The group's next tokens; rows that have ended get padding. ``logits`` are used up."""
         scores = self.process(group, logits)
-        return self.padded(group, self._draw(group, scores) if self.sample else scores.argmax(-1))
+        return self.padded(group, self._draw(group, scores) if self.sample else greatest(scores))
 
     def process(self, group: Group, logits: Float[torch.Tensor, "rows vocab"]) -> Float[torch.Tensor, "rows vocab"]:
-        """What the processors make of the logits that choose the group's next tokens; both are recorded if wanted."""
-        logits = logits.to(copy=True, dtype=torch.float32, device=group.ids.device)
-        scores: torch.Tensor = self.processors(group.ids[:, : group.length], logits)
+        """What the processors make of the logits that choose the group's next tokens; both are recorded if wanted.
+
+        ``logits`` are used up: processors may write to them, as they may to plain ``generate``'s.
+        """
+        logits = logits.to(dtype=torch.float32, device=self.ids.device)
+        scores: torch.Tensor = self.processors(self.committed(group), logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
         return scores
 
-    def padded(self, group: Group, tokens: Int[torch.Tensor, " rows"]) -> Int[torch.Tensor, " rows"]:
+    def padded(self, group: Group, tokens: Tokens) -> Tokens:
         """The tokens, but padding for rows that have ended."""
-        if self.ends:
-            assert self.pad is not None, "generate sets a padding token wherever there is an end-of-sequence rule"
-            tokens = tokens * group.unfinished + self.pad * (1 - group.unfinished)
-        return tokens
+        over = [self.finished[row] for row in group]
+        if not self.ends or not any(over):
+            return tokens
+        assert self.pad is not None, "generate sets a padding token wherever there is an end-of-sequence rule"
+        return torch.where(torch.tensor(over, device=tokens.device), self.pad, tokens)
 
-    def _draw(self, group: Group, scores: torch.Tensor) -> Int[torch.Tensor, " rows"]:
+    def _draw(self, group: Group, scores: torch.Tensor) -> Tokens:
         probabilities = torch.softmax(scores, dim=-1)
         if self.noise is None:
             return torch.multinomial(probabilities, num_samples=1).squeeze(1)
-        (row,) = group.rows
-        return self.noise.draw(probabilities, row, len(self.generated[row]))
+        return self.noise.draw(probabilities, group, len(self.generated[group[0]]))
 
-    def commit(self, group: Group, tokens: Int[torch.Tensor, " rows"]) -> None:
+    def commit(self, group: Group, tokens: Tokens) -> None:
         """Add the chosen tokens, ask the stopping rules, and tell the streamer."""
-        ids = group.append(tokens)
-        for row, token in zip(group.rows, tokens.tolist(), strict=True):
+        self._append(group, tokens)
+        for row, token in zip(group, tokens.tolist(), strict=True):
             self.generated[row].append(token)
-        group.unfinished = group.unfinished & ~self._stopped(group, ids)
+        for row, stopped in zip(group, self._stopped(group), strict=True):
+            self.finished[row] |= stopped
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
-        for row, unfinished in zip(group.rows, group.unfinished.tolist(), strict=True):
-            self.finished[row] = not unfinished
         if self.noise is not None:
             going = [len(row) for row, over in zip(self.generated, self.finished, strict=True) if not over]
             self.noise.forget(min(going, default=0))
 
+    def _append(self, group: Group, tokens: Tokens) -> None:
+        length = self.length(group)
+        if length == self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], dim=1)
+        self.ids[_span(group), length] = tokens
+
     def commit_quick(self, group: Group, token: int) -> bool:
         """``commit`` for a ``quick`` sampler and a group of one row, all on the host; returns whether the row ended."""
-        (row,) = group.rows
+        (row,) = group
         self.generated[row].append(token)
-        over = self._over(row)
-        if over:
-            group.unfinished = group.unfinished * 0
-            self.finished[row] = True
+        self.finished[row] = over = self._over(row)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
         return over
 
-    def _stopped(self, group: Group, ids: Int[torch.Tensor, "rows length"]) -> Bool[torch.Tensor, " rows"]:
+    def _stopped(self, group: Group) -> list[bool]:
         """Which rows a stopping rule ends; found on the host for a row by itself, which takes a tenth of the time."""
-        if len(group.rows) == 1 and self.brief:
-            return torch.full_like(group.unfinished, self._over(group.rows[0]), dtype=torch.bool)
-        stopped: torch.Tensor = self.criteria(ids, self.scores)
+        if len(group) == 1 and self.brief:
+            return [self._over(group[0])]
+        stopped: list[bool] = self.criteria(self.committed(group), self.scores).tolist()
         return stopped
 
     def _over(self, row: int) -> bool:
@@ -299,6 +297,16 @@ class Sampler:
         return torch.cat(
             [input_ids, torch.tensor(rows, dtype=torch.long, device=input_ids.device).view(len(rows), -1)], 1
         )
+
+
+def greatest(scores: Float[torch.Tensor, "rows vocab"]) -> Tokens:
+    """The best token of each row: ``argmax``, for which torch takes three times as long on the CPU."""
+    return topk(scores, 1)[:, 0] if scores.device.type == "cpu" else scores.argmax(-1)
+
+
+def _span(rows: Group) -> slice | Group:
+    """The rows as a slice, which copies nothing, if there are none between them."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
 def _wanted(config: GenerationConfig, output: bool | None) -> bool:

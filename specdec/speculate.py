@@ -323,14 +323,15 @@ def auto_drafter(max_bytes: int = 64 << 20, namespaces: int = 16) -> Drafter:
     """All that learn from text alone, and the target's candidates. The policy cuts trees, so these may be large.
 
     Args:
-        max_bytes: of past responses, for each namespace; for all of them, lookahead's tries take a quarter of it more.
+        max_bytes: of past responses, for each namespace; recycling takes a quarter of it more for each, and lookahead's
+            tries for all of them.
         namespaces: how many are kept.
     """
     from specdec import drafters
 
     suffix = drafters.SuffixDrafter(factor=4.0, min_probability=0.02, max_bytes=max_bytes, namespaces=namespaces)
     lookahead = drafters.LookaheadDrafter(max_bytes=max_bytes // 4)
-    recycling = drafters.RecyclingDrafter(namespaces=namespaces)
+    recycling = drafters.RecyclingDrafter(namespaces=namespaces, max_bytes=max_bytes // 4)
     return drafters.MergedDrafter([drafters.NgramDrafter(), suffix, lookahead, recycling])
 
 

@@ -20,7 +20,7 @@ from specdec import masks, trees
 from specdec.attach import Attachment, attach
 from specdec.cache import SlotCache
 from specdec.model import Model
-from specdec.sampling import Group, Noise, Sampler
+from specdec.sampling import Noise, Sampler
 from specdec.verifiers import PathwiseVerifier
 
 from . import grid
@@ -69,18 +69,18 @@ def choice_favours_what_was_guessed(patch):
 
 
 def rows_draw_in_their_own_order(patch):
-    patch.setattr(Noise, "draw", lambda noise, probabilities, row, step: torch.multinomial(probabilities, 1)[0])
+    patch.setattr(Noise, "draw", lambda noise, probabilities, *others: torch.multinomial(probabilities, 1)[:, 0])
     patch.setattr(Noise, "agrees", lambda device: True)
 
 
 def stopping_rules_are_asked_at_the_end_of_a_path_only(patch):
-    done, walk = Group.done, PathwiseVerifier._walk
+    over, walk = Sampler.over, PathwiseVerifier._walk
 
     def walked(verifier, group, *others):
-        if done.fget(group):
+        if over(verifier.sampler, group):
             return walk(verifier, group, *others)
         with patch.context() as inside:
-            inside.setattr(Group, "done", False)
+            inside.setattr(Sampler, "over", lambda sampler, group: False)
             return walk(verifier, group, *others)
 
     patch.setattr(PathwiseVerifier, "_walk", walked)
@@ -91,7 +91,7 @@ def processors_see_the_text_before_the_path(patch):
     choose, walk = Sampler.choose, PathwiseVerifier._walk
 
     def walked(verifier, group, *others):
-        group_length = group.length
+        group_length = verifier.sampler.length(group)
 
         def stale(sampler, group, logits):
             processors = sampler.processors

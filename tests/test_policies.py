@@ -79,6 +79,20 @@ class TestTheBestSize:
         assert sizes[0] == sizes[1] > sizes[2] == 1
         assert left(unsure)[0] < sizes[0] < left(sure)[0]
 
+    def test_is_nothing_where_little_is_promised_and_little_may_be_lost(self) -> None:
+        """Else the last that may be lost goes for what hardly pays."""
+
+        def left(probability: float, allowance: float) -> int:
+            policy, context = ThroughputPolicy(costs(lambda n: 1 + 0.1 * (n - 1)), clock=Clock()), Context([7])
+            policy.drafting = Typical(0.0)
+            policy.budget([context])
+            text = context.scratch[policy][0].text
+            text.acceptance, text.allowance.left = Acceptance(believed(), 1e9), allowance
+            return len(policy.trim([context], [chain(probability, 1)])[0]) - 1
+
+        assert (left(1 / 3, 10.0), left(1 / 3, 0.2)) == (1, 0)
+        assert (left(8 / 9, 10.0), left(8 / 9, 0.2)) == (1, 1)
+
     def test_is_larger_where_drafting_takes_long(self) -> None:
         """Since that time is lost with each step."""
         policy = ThroughputPolicy(costs(lambda n: 1 + 0.2 * (n - 1)))
@@ -188,6 +202,26 @@ class TestNeverSlower:
         played = play(texts, drafter, TABLES[table])
         assert min(played.speed(100), played.speed(200), played.speed()) >= 0.98
 
+    @pytest.mark.parametrize("table", ["kernels", "quick"])
+    def test_where_it_was_measured_that_twice_as_many_tokens_cost_nothing(self, table: str) -> None:
+        """As where the machine was busy just then: four rows of lies seem to come for nothing."""
+        text = [([7], simulation.random_text(row, 100)) for row in range(4)]
+        seconds, clock = simulation.table(TABLES[table]), Clock()
+        policy = ThroughputPolicy(Costs(TABLES[table] | {4: seconds(8)}), clock=clock)
+        played = simulation.play(text, Paced(Liar(0.5), clock), policy, clock, seconds)
+        assert played.speed() >= 0.98
+        assert 0 < sum(4 * (fed - 1) for fed in played.fed) < 80
+
+    @pytest.mark.parametrize("table", ["kernels", "quick"])
+    def test_the_next_hopeless_text_loses_less(self, table: str) -> None:
+        clock, seconds, lost = Clock(), simulation.table(TABLES[table]), []
+        policy = ThroughputPolicy(Costs(TABLES[table]), clock=clock)
+        for seed in range(2):
+            text = [([7], simulation.random_text(seed, 100))]
+            lost.append(1 - simulation.play(text, Paced(Liar(), clock), policy, clock, seconds).speed())
+        assert lost[0] < 0.02
+        assert 0 < lost[1] < 0.8 * lost[0]
+
     @pytest.mark.parametrize("table", TABLES)
     def test_where_only_the_others_can_be_helped(self, table: str) -> None:
         """A batch takes as long as its slowest row, and that one's passes get no cheaper by what the others guess."""
@@ -233,8 +267,8 @@ class TestDisaster:
             text = ([7], simulation.random_text(seed, 150))
             simulation.play([text], liar, policy, clock, seconds)
             asked.append(liar.asked)
-        assert asked[0] == 1  # and paid off after 200 tokens
-        assert asked[1] == asked[5] == 2  # after 800 more
+        assert asked[0] == 1  # and paid off after 170 tokens
+        assert asked[1] == asked[4] == 2  # after 670 more
         assert asked[-1] == 3
 
     @pytest.mark.parametrize("calls", [1, 2])
@@ -346,7 +380,7 @@ class TestLearning:
         policy = ThroughputPolicy(costs(lambda n: 1.0), clock=clock)
         played = simulation.play(texts, Paced(Lucky(texts, 0.6), clock), policy, clock, lambda fed: 1 + 0.5 * (fed - 1))
         assert np.mean(played.fed[:5]) > 4
-        assert np.mean(played.fed[-100:]) <= 4
+        assert np.mean(played.fed[-100:]) <= 4.5
 
     def test_a_moment_of_a_slow_machine_is_forgotten(self) -> None:
         texts, clock, seconds = good("phrases"), Clock(), simulation.table(KERNELS)
@@ -357,6 +391,15 @@ class TestLearning:
             Played.__add__, [simulation.play([each], both(clock), policy, clock, slow) for each in texts]
         )
         assert speed(disturbed, 1, KERNELS) > 0.95 * play(texts, both, KERNELS, rows=1).speed()
+
+    def test_a_step_at_rest_reads_the_times_of_two_sizes_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy, context = ThroughputPolicy(Costs(KERNELS), clock=Clock()), Context([7])
+        policy.budget([context])
+        context.scratch[policy][0].text.allowance.left = -1.0
+        context.extend(Verdict(*policy.trim([context], [chain(0.9)]), np.arange(1), np.array([5]), seconds=0.041))
+        monkeypatch.setattr(Costs, "times", None)
+        assert policy.budget([context]) == [Budget(0, 0, 0)]
+        assert len(policy.trim([context], [DraftTree.root(5)])[0]) == 1
 
     def test_a_verdict_is_learnt_from_once(self) -> None:
         policy, context = ThroughputPolicy(costs(lambda n: 1.0), clock=Clock()), Context([7])

@@ -35,7 +35,7 @@ class MergedDrafter:
 
     A part is asked as long as it pays: what it guesses rightly and no cheaper part does, at the time a token takes,
     against the time of its calls. Beyond an ``Allowance``, in tokens, it is only told to catch up, until that has grown
-    enough for another try: a part that never pays costs 1.5 tokens at first and then 0.5% of the time.
+    enough for another try: a part that never pays costs 1.4 tokens at first and then 0.6% of the time.
 
     Guesses are made without sight of the target's choice, so the union's law is None even where a part sampled its
     own; ``q`` is dropped. A part that raises, or returns no sound tree, is left out of that call.
@@ -212,8 +212,12 @@ class Part:
         return self.allowance.covers(self.seconds.due(pace) / pace)
 
     def settle(self, tokens: float, gain: float, pace: float, asked: bool) -> None:
-        """Of so many ``tokens`` per row it alone has won ``gain``, for the time of a call if it was ``asked``."""
-        self.allowance.settle(tokens, gain - self.due / pace if asked else 0.0)
+        """Of so many ``tokens`` per row it alone has won ``gain``, for the time of a call if it was ``asked``.
+
+        Its calls are counted in tokens at the pace that there would be without it.
+        """
+        alone = max(tokens - gain, 1e-9) / tokens / pace  # tokens per second
+        self.allowance.settle(tokens, gain - self.due * alone if asked else 0.0)
 
 
 Guess = tuple[Acceptance, np.ndarray, np.ndarray, np.ndarray]  # who counts, and the tree's tokens, parents and kinds

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from specdec import trees as shapes
 from specdec.allowance import FIRST, Allowance, Typical
 from specdec.calibration import Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, DraftTree
-from specdec.costs import Costs
+from specdec.costs import LARGEST, Costs
 
 CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
 REMEMBERED = 64.0  # guesses of a kind: texts differ
@@ -22,6 +23,9 @@ ASKS = 16  # drafts that may have to be asked for until one is worth verifying
 # How much less a row counts that is ahead: with a tenth more tokens than the last row, a sixth as much. The first few
 # tokens say little.
 LAG, START = 20.0, 16
+SCARCE = 0.15  # how much more a tree must promise when nothing may be lost any more
+LEAST = 0.4  # plain steps that a text may lose besides a try, whatever was lost on the one before
+NOTHING, ROOT, UNTIMED = Budget(0, 0, 0), np.zeros(1, np.int64), np.empty(0)
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
 
 
@@ -47,7 +51,8 @@ class Step:
     Attributes:
         text: what it is a step of.
         context: tokens of the longest row.
-        times: seconds of its pass by nodes per row, the root included.
+        plain: seconds of a pass over the roots alone.
+        times: seconds of its pass by nodes per row, the root included; none where nothing was asked for.
         started: when drafting began; None where nothing was asked for.
         drafting: seconds that drafting is taken to have cost.
         nodes: nodes per row of the pass, the root included; 0 until they are chosen.
@@ -55,7 +60,8 @@ class Step:
 
     text: Text
     context: int
-    times: Float[np.ndarray, " sizes"]
+    plain: float
+    times: Float[np.ndarray, " sizes"] = field(default_factory=lambda: UNTIMED)
     started: float | None = None
     drafting: float = 0.0
     nodes: int = 0
@@ -70,9 +76,11 @@ class ThroughputPolicy:
 
     T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
     in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
-    ``Allowance`` for each text, in plain steps: at worst 1.5 of them and 0.5% of the time are lost on it. Where no tree
-    can be afforded, drafters are only told to catch up until one can, which is what pays for trying again. A call that
-    takes longer than all this is not made again before it has been paid off, by later texts if need be.
+    ``Allowance`` for each text, in plain steps: at worst 1.4 of them and 0.6% of the time are lost on it, and less
+    where the text before it lost all. The less may still be lost, and the less sure it is what passes cost, the more
+    must a tree promise. Where none can be afforded, drafters are only told to catch up until one can, which is what
+    pays for trying again. A call that takes longer than all this is not made again before it has been paid off, by
+    later texts if need be.
 
     The rule is the one behind SpecDec++'s threshold (arXiv 2405.19715) and Sequoia's hardware-aware tree
     (arXiv 2402.12374), with estimates made on line. Threads may share one: what is lost to a race does no harm.
@@ -102,24 +110,36 @@ class ThroughputPolicy:
         if not contexts:
             return []
         text, longest = self._learn(contexts), max(len(context.tokens) for context in contexts)
-        times = self.costs.times(1 + self.largest.nodes, longest, len(contexts) if text is None else text.rows)
+        rows = len(contexts) if text is None else text.rows
+        plain = self.costs.time(1, longest, rows)
         if text is None:
-            dear = self.drafting.value > FIRST * times[0]
-            text = Text(len(contexts), self.acceptance, min(FIRST, self.left) if dear else FIRST)
-        step = Step(text, longest, times)
+            text = self._begun(rows, longest, plain)
+        step = Step(text, longest, plain)
         for context in contexts:
             context.scratch[self] = step, None
-        if self._rests(text, step.times):
-            return [Budget(0, 0, 0)] * len(contexts)
+        if self._rests(step):
+            return [NOTHING] * len(contexts)
+        step.times = self.costs.times(1 + self.largest.nodes, longest, rows)
         step.started = self.clock()
         return [self._worthwhile(step.times)] * len(contexts)
 
-    def _rests(self, text: Text, times: Float[np.ndarray, " sizes"]) -> bool:
+    def _begun(self, rows: int, context: int, plain: float) -> Text:
+        """A new text: it may lose what the one before has left, and at least a try unless a call takes long."""
+        dear = self.drafting.value > FIRST * plain
+        least = self.left if dear else max(self.left, LEAST + self._wider(rows, context) / plain - 1)
+        return Text(rows, self.acceptance, min(FIRST, least))
+
+    def _rests(self, step: Step) -> bool:
         """Whether to save up: from when no tree can be afforded until one can, and the asking for it."""
+        text = step.text
         asks = ASKS if text.resting else 1
-        risk = (asks * self.drafting.due(times[0]) + times[1:].min(initial=np.inf)) / times[0] - 1
-        text.resting = not text.allowance.covers(float(risk))
+        risk = (asks * self.drafting.due(step.plain) + self._wider(text.rows, step.context)) / step.plain - 1
+        text.resting = not text.allowance.covers(risk)
         return text.resting
+
+    def _wider(self, rows: int, context: int) -> float:
+        """Seconds of the least pass that verifies anything."""
+        return self.costs.time(2, context, rows) if 2 * rows <= LARGEST else math.inf
 
     def _worthwhile(self, times: Float[np.ndarray, " sizes"]) -> Budget:
         """The largest tree, without nodes that would not pay even if they came at their cheapest."""
@@ -137,8 +157,8 @@ class ThroughputPolicy:
         step: Step = contexts[0].scratch[self][0]
         if step.started is None:
             step.nodes = 1
-            return [tree.take(np.zeros(1, np.int64)) for tree in trees]
-        step.drafting = self.drafting.charge(self.clock() - step.started, step.times[0])
+            return [tree.take(ROOT) for tree in trees]
+        step.drafting = self.drafting.charge(self.clock() - step.started, step.plain)
         kinds = [estimate_kinds(tree.parents, tree.probability) for tree in trees]
         paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
         for context, tree, kind in zip(contexts, trees, kinds, strict=True):
@@ -168,10 +188,11 @@ class ThroughputPolicy:
             gain = weight * np.sort(path[1:])[::-1][: len(seconds) - 1].cumsum()
             tokens[1 : len(gain) + 1] += gain
             tokens[len(gain) + 1 :] += gain[-1] if len(gain) else 0.0
-        affordable = seconds - step.times[0] <= step.text.allowance.left * step.times[0]
-        speed = np.where(affordable, tokens / seconds, 0.0)
+        left = step.text.allowance.left
+        speed = np.where(seconds - step.plain <= left * step.plain, tokens / seconds, 0.0)
         n = int(speed.argmax())
-        return n if speed[n] > WORTH * speed[0] else 0
+        margin = SCARCE * max(0.0, 1 - left / FIRST) + self.costs.doubt(1 + n, step.text.rows)
+        return n if speed[n] > (WORTH + margin) * speed[0] else 0
 
     def _learn(self, contexts: Sequence[Context]) -> Text | None:
         """See what became of the last step, once."""
@@ -182,18 +203,23 @@ class ThroughputPolicy:
         step: Step = known[0][1]
         if step.nodes:
             self.costs.learn(step.nodes, step.context, step.text.rows, verdicts[0].seconds)
-            spent = (step.drafting + step.times[step.nodes - 1]) / step.times[0]
-            tokens = [len(verdict.tokens) for verdict in verdicts]
-            step.text.allowance.settle(
-                spent, float(np.average(tokens, weights=self._weights([context for context, *_ in known]))) - spent
-            )
-            self.left = step.text.allowance.left
+            self._settle(step, [context for context, *_ in known], [len(verdict.tokens) for verdict in verdicts])
         for context, _, guess in known:
             if guess is not None:
                 length, tree, kinds = guess
                 for acceptance in (self.acceptance, step.text.acceptance):
                     acceptance.learn(tree.tokens, tree.parents, kinds, context.tokens[length:])
         return step.text
+
+    def _settle(self, step: Step, contexts: Sequence[Context], committed: Sequence[int]) -> None:
+        """Charge a text for a step, as much as that may well have cost, and credit it with the tokens committed."""
+        spent, tokens, rows = 1 + step.drafting / step.plain, 1.0, step.text.rows
+        if step.nodes > 1:
+            spent += self.costs.time(step.nodes, step.context, rows) / step.plain - 1
+            spent += self.costs.doubt(step.nodes, rows)
+            tokens = float(np.average(committed, weights=self._weights(contexts)))
+        step.text.allowance.settle(spent, tokens - spent)
+        self.left = step.text.allowance.left
 
 
 def _likeliest(

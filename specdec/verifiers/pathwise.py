@@ -65,7 +65,7 @@ class PathwiseVerifier:
         roots = [DraftTree.root(int(context.tokens[-1]) if len(context.tokens) else 0) for context in contexts]
         with self.stats.clock("walk"):
             candidates: list[np.ndarray | None] = [None] * len(roots)
-            for group in self.sampler.groups:
+            for group in self.sampler.abreast():
                 self._walk(group, roots, logits[:, -1:], candidates)
             return [self._of_prompt(row, context, logits[row]) for row, context in enumerate(contexts)]
 
@@ -120,9 +120,9 @@ class PathwiseVerifier:
         with self.stats.clock("walk"):
             candidates = self._candidates(batch, result.logits)
             walk = self._walk_quick if self.sampler.quick else self._walk
-            steps = dict(
-                pair for group in self.sampler.groups for pair in walk(group, batch, result.logits, candidates)
-            )
+            guessed = self.sampler.quick or any(len(tree) > 1 for tree in batch)
+            groups = self.sampler.groups if guessed else self.sampler.abreast()
+            steps = dict(pair for group in groups for pair in walk(group, batch, result.logits, candidates))
             likely = [self._likelihood(*pair) for pair in zip(candidates, result.logits, strict=True)]
         with self.stats.clock("cache"):
             self.model.keep([path for path, _ in (steps[row] for row in range(len(batch)))])
@@ -143,10 +143,10 @@ class PathwiseVerifier:
         """In lockstep, rows that have ended go on as padding; guess that, so that they hold nobody up."""
         batch = list(batch)
         for group in self.sampler.groups:
-            if len(group.rows) > 1 and self.sampler.pad is not None and self.sampler.ends:
-                deepest = max(int(trees.depths(batch[row].parents).max()) for row in group.rows)
+            if len(group) > 1 and self.sampler.pad is not None and self.sampler.ends:
+                deepest = max(int(trees.depths(batch[row].parents).max()) for row in group)
                 padding = [int(self.sampler.pad)] * deepest
-                for row in group.rows:
+                for row in group:
                     if self.sampler.finished[row]:
                         batch[row] = DraftTree.chain(int(batch[row].tokens[0]), padding, [1.0] * deepest, "padding")
         return batch
@@ -156,10 +156,8 @@ class PathwiseVerifier:
     ) -> list[Int[np.ndarray, "nodes k"] | None]:
         if not self.topk:
             return [None] * len(batch)
-        return [
-            None if self.sampler.finished[row] else topk(logits[row, : len(tree)].float(), self.topk).cpu().numpy()
-            for row, tree in enumerate(batch)
-        ]
+        best = topk(logits.flatten(0, 1).float(), self.topk).cpu().numpy().reshape(*logits.shape[:2], -1)
+        return [None if self.sampler.finished[row] else best[row, : len(tree)] for row, tree in enumerate(batch)]
 
     def _likelihood(
         self, candidates: Int[np.ndarray, "nodes k"] | None, logits: Float[torch.Tensor, "nodes vocab"]
@@ -175,7 +173,7 @@ class PathwiseVerifier:
         self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
     ) -> list[tuple[int, tuple[list[int], list[int]]]]:
         """Greedy and nothing between argmax and token: compare the whole tree at once, on the host."""
-        (row,) = group.rows
+        (row,) = group
         tree, best = batch[row], candidates[row]
         if self.sampler.finished[row]:
             return [(row, ([], []))]
@@ -186,7 +184,7 @@ class PathwiseVerifier:
         self, group: Group, tree: DraftTree, accepted: Int[np.ndarray, " path"], choices: Int[np.ndarray, " nodes"]
     ) -> tuple[list[int], list[int]]:
         """Commit what the target chose after each accepted node, until a rule ends the row; its path and tokens."""
-        (row,) = group.rows
+        (row,) = group
         if self.sampler.finished[row]:
             return [], []
         self.stats.judge("match")
@@ -202,17 +200,17 @@ class PathwiseVerifier:
         self, group: Group, batch: Sequence[DraftTree], logits: torch.Tensor, candidates: Sequence[np.ndarray | None]
     ) -> list[tuple[int, tuple[list[int], list[int]]]]:
         """Node by node; the rows of a group go down together, as far as all of them have guessed right."""
-        paths: dict[int, list[int]] = {row: [] for row in group.rows}
-        tokens: dict[int, list[int]] = {row: [] for row in group.rows}
-        nodes = dict.fromkeys(group.rows, 0)
-        self.stats.judge("match", sum(not self.sampler.finished[row] for row in group.rows))
-        while not group.done and min(nodes.values()) >= 0:
-            for row in group.rows:
+        paths: dict[int, list[int]] = {row: [] for row in group}
+        tokens: dict[int, list[int]] = {row: [] for row in group}
+        nodes = dict.fromkeys(group, 0)
+        self.stats.judge("match", sum(not self.sampler.finished[row] for row in group))
+        while not self.sampler.over(group) and min(nodes.values()) >= 0:
+            for row in group:
                 paths[row].append(nodes[row])
-            chosen = self.sampler.choose(group, torch.stack([logits[row, nodes[row]] for row in group.rows]))
-            for row, token in zip(group.rows, chosen.tolist(), strict=True):
+            chosen = self.sampler.choose(group, torch.stack([logits[row, nodes[row]] for row in group]))
+            for row, token in zip(group, chosen.tolist(), strict=True):
                 tokens[row].append(token)
                 nodes[row] = trees.child(batch[row].tokens, batch[row].parents, nodes[row], token)
                 self.sources[row].append(batch[row].source[nodes[row]] if nodes[row] >= 0 else "")
             self.sampler.commit(group, chosen)
-        return [(row, (paths[row], tokens[row])) for row in group.rows]
+        return [(row, (paths[row], tokens[row])) for row in group]

@@ -51,17 +51,17 @@ class RejectionVerifier(PathwiseVerifier):
         """As ``PathwiseVerifier``'s, but rules choose the tokens."""
         if not self.sampler.sample:
             return super()._walk(group, batch, logits, candidates)
-        going = [row for row in group.rows if not self.sampler.finished[row]]
+        going = [row for row in group if not self.sampler.finished[row]]
         rules = {row: self._rule(batch[row], logits.shape[-1]) for row in going}
         if set(rules.values()) <= {"match"}:
             return super()._walk(group, batch, logits, candidates)
         for rule in rules.values():
             self.stats.judge(rule)
         walks = {
-            row: self._begin(rules[row], group, row, batch[row], logits[row])
+            row: self._begin(rules[row], row, batch[row], logits[row])
             if row in rules
             else replay(range(len(batch[row])), int(self.sampler.pad or 0))  # its tree is a chain of padding
-            for row in group.rows
+            for row in group
         }
         asks = any(rule in self.walking for rule in rules.values()) or self.sampler.records
         return self._follow(group, batch, logits, walks, asks)
@@ -75,25 +75,25 @@ class RejectionVerifier(PathwiseVerifier):
         asks: bool,
     ) -> list[tuple[int, tuple[list[int], list[int]]]]:
         """Commit what the rows' walks choose, token by token, until one of them ends or a stopping rule does."""
-        paths: dict[int, list[int]] = {row: [] for row in group.rows}
-        tokens: dict[int, list[int]] = {row: [] for row in group.rows}
+        paths: dict[int, list[int]] = {row: [] for row in group}
+        tokens: dict[int, list[int]] = {row: [] for row in group}
         nodes = {row: next(walk) for row, walk in walks.items()}
-        while not group.done and min(nodes.values()) >= 0:
-            laws = logits[group.rows, [nodes[row] for row in group.rows]]
+        while not self.sampler.over(group) and min(nodes.values()) >= 0:
+            laws = logits[group, [nodes[row] for row in group]]
             if asks:
                 laws = torch.softmax(self.sampler.process(group, laws), dim=-1)
-            for row, law in zip(group.rows, laws, strict=True):
+            for row, law in zip(group, laws, strict=True):
                 paths[row].append(nodes[row])
                 nodes[row], token = _step(walks[row], batch[row], law)
                 tokens[row].append(token)
-            chosen = torch.tensor([tokens[row][-1] for row in group.rows], device=group.ids.device)
+            chosen = torch.tensor([tokens[row][-1] for row in group], device=self.sampler.ids.device)
             committed = self.sampler.padded(group, chosen)
-            for row, token in zip(group.rows, committed.tolist(), strict=True):
+            for row, token in zip(group, committed.tolist(), strict=True):
                 if token != tokens[row][-1]:  # it ended on the way down: padding follows, which the tree did not guess
                     tokens[row][-1], nodes[row] = token, -1
                 self.sources[row].append(batch[row].source[nodes[row]] if nodes[row] >= 0 else "")
             self.sampler.commit(group, committed)
-        return [(row, (paths[row], tokens[row])) for row in group.rows]
+        return [(row, (paths[row], tokens[row])) for row in group]
 
     def _rule(self, tree: DraftTree, vocab: int) -> str:
         """The name of the rule for a tree. Raises ValueError where there is none."""
@@ -116,17 +116,17 @@ class RejectionVerifier(PathwiseVerifier):
             self.stats.reason(f"{instead!r} judges in place of {rule!r}: a processor may remember what it was shown")
         return instead
 
-    def _begin(self, rule: str, group: Group, row: int, tree: DraftTree, logits: torch.Tensor) -> Walk:
+    def _begin(self, rule: str, row: int, tree: DraftTree, logits: torch.Tensor) -> Walk:
         """The walk that a rule takes through one row's tree."""
         if rule != "match":
             assert tree.q is not None, "a rule is chosen for trees that it can judge"
-            tree = replace(tree, q=tree.q.to(device=group.ids.device, dtype=torch.float32))
+            tree = replace(tree, q=tree.q.to(device=self.sampler.ids.device, dtype=torch.float32))
         if rule in self.walking:
             return self.walking[rule](tree, self.chance)
 
         def law(node: int) -> Float[torch.Tensor, " vocab"]:
             path = tree.tokens[_path(tree, node)[1:]]
-            return torch.softmax(self.sampler.foresee(group, row, path, logits[node]), dim=-1)
+            return torch.softmax(self.sampler.foresee(row, path, logits[node]), dim=-1)
 
         node, token = decide(traversal(tree, self.chance), law)
         return replay(_path(tree, node), token)
