@@ -9,6 +9,7 @@ from specdec.core import Policy
 from specdec.policies import FixedPolicy, ThresholdPolicy
 
 PLAIN, RIVAL = "plain", "assisted"
+AUTO = "auto"
 FIVE = (("num_assistant_tokens", 5), ("assistant_confidence_threshold", 0.0))
 SHAPES = ((3, 2, (3, 1)), (4, 3, (4, 1, 1)))  # of trees: paths, depth, and branching of as many nodes
 
@@ -19,7 +20,7 @@ class Way:
 
     Attributes:
         tree: what is drafted, see ``SmallModelDrafter``; "" where transformers does it.
-        policy: how much of it.
+        policy: how much of it; "auto" for what pays, as measured, and then the drafter is thrifty too.
         rule: of ``RejectionVerifier``; "" to sample and match.
         width: paths of a tree.
         branching: children at each depth.
@@ -30,7 +31,7 @@ class Way:
     """
 
     tree: Any = ""
-    policy: Policy | None = None
+    policy: Policy | str | None = None
     rule: Any = ""
     width: int = 4
     branching: tuple[int, ...] = (1,)
@@ -41,7 +42,10 @@ class Way:
 
 
 def ways(temperature: float) -> dict[str, Way]:
-    """All ways at a temperature; those whose names end alike in "nodes" verify as many nodes."""
+    """All ways at a temperature; those whose names end alike in "nodes" verify as many nodes.
+
+    Where tokens are sampled, "best-first" trees are judged by sample and match.
+    """
     found = {PLAIN: Way(together=True), RIVAL: Way(assisted=()), f"{RIVAL}, 5 guesses": Way(assisted=FIVE)}
     if not temperature:
         found[f"{RIVAL}, own layers"] = Way(assisted=(), kernels=False)
@@ -55,6 +59,10 @@ def ways(temperature: float) -> dict[str, Way]:
         found[f"threshold {threshold}, head"] = Way(
             "chain", ThresholdPolicy(threshold, longest=12, lag=1), rule, head=True
         )
+    found["auto policy, chain"] = Way("chain", AUTO, rule)
+    found["auto policy, best-first"] = Way("best-first", AUTO)
+    if temperature:
+        found["auto policy, rsd-s, traversal"] = Way("rsd-s", AUTO, "traversal", 3)
     return found | (_sampled() if temperature else _likeliest())
 
 

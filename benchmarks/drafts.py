@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from draft_ways import PLAIN, RIVAL, Way, ways
+from draft_ways import AUTO, PLAIN, RIVAL, Way, ways
 
 import specdec
 from specdec import storage
@@ -101,7 +101,7 @@ class Bench:
         return run
 
     def _trial(self, view: Any) -> Attachment:
-        """All views are of one model, which is tried once; policies of these ways ask for no times."""
+        """All views are of one model, which is tried once where the policy asks for no times."""
         self.attachment = self.attachment or attach(view, timed=False)
         return self.attachment
 
@@ -115,12 +115,14 @@ class Bench:
         """The target wrapped in a way's parts, made once, and its drafter, about to draft in that way."""
         drafter = self._drafter(self.heads[temperature] if way.head else None)
         drafter.tree, drafter.width, drafter.branching = way.tree, way.width, way.branching
+        drafter.thrifty = way.policy == AUTO
         if (name, temperature) not in self.views:
             view = self.views[name, temperature] = copy.copy(self.model)
             verifier = RejectionVerifier(way.rule) if way.rule else PathwiseVerifier()
             assert way.policy is not None, "a way with a tree has a policy"
             specdec.wrap(view, drafter, way.policy, verifier, cpu_kernels=False)
-            vars(view)["generate"].speculate.trial = self._trial
+            if way.policy != AUTO:
+                vars(view)["generate"].speculate.trial = self._trial
         return self.views[name, temperature], drafter
 
     def _drafter(self, head: Path | None) -> SmallModelDrafter:
@@ -160,10 +162,10 @@ class Turn:
         return f"{'timed' if self.timed else 'counted'}/{self.repeat}/{self.temperature}/{self.rows}/{self.first}"
 
     def ways(self) -> dict[str, Way]:
-        """Those that have a part in it: without ours there is no count, and several at once are timed of few."""
+        """Those that have a part in it: ours alone are counted, unless they hang on times, and few timed together."""
         found = ways(self.temperature).items()
         if not self.timed:
-            return {name: way for name, way in found if way.tree}
+            return {name: way for name, way in found if way.tree and way.policy != AUTO}
         return {name: way for name, way in found if self.rows == 1 or way.together}
 
 

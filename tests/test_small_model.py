@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,20 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 
 import specdec
 from specdec import trees
 from specdec.attach import attach
-from specdec.core import Budget, Choice, Context, Verdict
+from specdec.core import Budget, Choice, Context, DraftTree, Verdict
 from specdec.costs import Costs
-from specdec.drafters import MergedDrafter, NgramDrafter, SmallModelDrafter, levels, model_rows
+from specdec.drafters import MergedDrafter, NgramDrafter, SmallModelDrafter, distilled, levels, model_rows
 from specdec.drafters.model_rows import Rows
 from specdec.drafters.translate import TAIL, Translation
 from specdec.policies import FixedPolicy, ThroughputPolicy
+from specdec.trees import sampling as trees_sampling
 from specdec.trees.sampling import Level
-from specdec.verifiers import RejectionVerifier
-from tests import sampling, simulation, tiny
+from specdec.verifiers import RejectionVerifier, rules
+from tests import enumerated, sampling, simulation, tiny
 from tests.tiny import VOCAB, padded, prompt, same
 
 KINDS = ("chain", "beam", "best-first", "rsd-c", "rsd-s", "iid")
@@ -385,6 +393,154 @@ class TestTrees:
         ]
         assert made[0] == made[1] != made[2]
         assert torch.equal(torch.get_rng_state(), state)
+
+
+KEPT = np.array([3, 4, 5, 8, 20, 21, 30, 44, 50, 61, 77, 90, 96])
+
+
+class Wide(torch.nn.Module):
+    """What a trimmed head says, of all tokens."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide: torch.Tensor = self.head.widened(self.head.few(hidden))
+        return wide
+
+
+@pytest.fixture(scope="module")
+def pair(target: Any) -> tuple[Any, Any]:
+    """A draft with a head of some tokens, and one that says the same of all."""
+    trimmed = distilled.distilled(target, [0, 1], KEPT)
+    wide = copy.deepcopy(trimmed)
+    wide.set_output_embeddings(Wide(wide.get_output_embeddings()))
+    return trimmed, wide
+
+
+class TestTrimmed:
+    """A head of some tokens: trees are grown from those alone, and say the same as of all."""
+
+    @pytest.mark.parametrize("tree", ["chain", "beam", "best-first", "rsd-c"])
+    def test_likeliest_trees_are_the_same(self, pair: Any, tree: str) -> None:
+        made = [small(model, tree).draft([Context([5, 6, 7])], [BUDGET])[0] for model in pair]
+        assert made[0].tokens.tolist() == made[1].tokens.tolist()
+        assert made[0].parents.tolist() == made[1].parents.tolist()
+        np.testing.assert_allclose(made[0].probability, made[1].probability, rtol=1e-4)
+
+    @pytest.mark.parametrize("warped", ["not", "by size", "by token"])
+    @pytest.mark.parametrize("tree", SAMPLED)
+    def test_sampled_trees_say_the_law_they_are_drawn_from(self, pair: Any, tree: str, warped: str) -> None:
+        trimmed, wide = pair
+        warpers = {
+            "not": None,
+            "by size": LogitsProcessorList([TemperatureLogitsWarper(0.5)]),
+            "by token": LogitsProcessorList([SuppressTokensLogitsProcessor([8], "cpu")]),
+        }[warped]
+        context = Context([5, 6, 7])
+        context.choice = Choice(VOCAB, True, warpers)
+        [made] = small(trimmed, tree).draft([context], [BUDGET])
+        assert made.q is not None
+        assert set(made.tokens[1:].tolist()) <= set(KEPT.tolist())
+        for node in set(made.parents[1:].tolist()):
+            level = Level(made.tokens[: node + 1], made.parents[: node + 1], node)
+            text = [5, 6, 7, *levels.newest(level)[0].tolist()]
+            plain = logits(wide, text)[None]
+            law = (plain if warpers is None else warpers(torch.tensor([text]), plain)).softmax(-1)[0]
+            torch.testing.assert_close(made.q[node], law, atol=1e-5, rtol=1e-4)
+
+    def test_a_drawn_place_is_called_by_its_token(self) -> None:
+        sure = torch.tensor([[0.0, 99.0, 0.0]])
+        for growth in (
+            levels.sampled(trees_sampling.without_replacement(7, (1, 1))),
+            levels.judged(7, 2, 0.0, torch.Generator()),
+            levels.judged(7, 2, 0.0, None),
+            levels.likeliest(7, (1, 1), 1),
+        ):
+            step = levels.advance(growth)
+            while isinstance(step, Level):
+                assert step.tokens.tolist() == [7, 44, 44][: len(step.tokens)]
+                step = levels.advance(growth, sure, 1.0, np.array([30, 44, 50]))
+            assert step.tokens.tolist() == [7, 44, 44]
+
+    def test_output_is_the_targets(self, target: Any, pair: Any) -> None:
+        for more in ({}, {"do_sample": True}):
+            result = same(target, {"input_ids": prompt()}, drafter=small(pair[0], "beam"), max_new_tokens=30, **more)
+            assert result.stats.accepted > 0
+
+
+class TestThrift:
+    def test_a_level_pays_where_tokens_come_faster_with_it(self) -> None:
+        draw = np.random.default_rng(0)
+        for _ in range(200):
+            n, cost = int(draw.integers(2, 6)), float(draw.uniform(0.01, 0.5))
+            sums = [1.0, *np.cumprod(draw.uniform(0.1, 1.3, n - 1)).tolist()]
+            more = sums[-1] * sums[-1] / sums[-2]
+            before, after = sum(sums) / (1 + cost * (n - 1)), (sum(sums) + more) / (1 + cost * n)
+            assert levels.pays(sums, cost) == (after > before)
+            assert levels.pays(sums, 0.0)
+        assert not levels.pays([1.0, 0.0], 0.1)
+
+    @pytest.mark.parametrize("sample", [False, True])
+    @pytest.mark.parametrize("tree", KINDS)
+    def test_levels_are_drafted_while_they_pay(self, rough: Any, tree: str, sample: bool) -> None:
+        """By the clock: next to nothing, and as much as a pass of the target; not before both are known."""
+        clock = simulation.Clock()
+
+        def levels_of(seconds: float, thrifty: bool = True) -> list[int]:
+            """How many passes each of three drafts takes."""
+            drafter = small(rough, tree, thrifty=thrifty, clock=clock, branching=(2, 1, 1, 1))
+            context, passes = Context([5, 6, 7]), []
+            context.choice = Choice(VOCAB, sample)
+            hook = rough.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + seconds))
+            try:
+                for _ in range(3):
+                    with fed(rough) as seen:
+                        [made] = drafter.draft([context], [Budget(12, 4, 3)])
+                    passes.append(len(seen))
+                    context.extend(Verdict(made, np.arange(1), np.array([9]), seconds=1.0))
+            finally:
+                hook.remove()
+            return passes
+
+        whole = levels_of(1.0, thrifty=False)
+        assert levels_of(1e-6) == whole
+        assert levels_of(1.0) == [whole[0], 1, 1]
+
+    @pytest.mark.parametrize("tree", ["chain", "beam", "best-first"])
+    def test_nothing_is_fed_that_is_less_likely_than_the_least(self, rough: Any, tree: str) -> None:
+        """So a draft that is unsure costs one pass more than there are levels worth verifying."""
+        for least in (0.05, 0.2, 0.5, 0.99):
+            drafter = small(rough, tree)
+            with fed(rough) as seen:
+                [made] = drafter.draft([Context([5, 6, 7])], [Budget(24, 8, 3, least)])
+            assert made.probability.min() >= least
+            assert len(seen) <= 1 + trees.depths(made.parents).max()
+            assert len(seen) <= len(made)
+
+    @pytest.mark.parametrize("hindsight", [False, True])
+    def test_law_of_sampled_trees_is_the_targets(self, monkeypatch: pytest.MonkeyPatch, hindsight: bool) -> None:
+        """By enumeration of all that may be drawn; but not if a draft ended before a token for what that is."""
+        vocab, depth, forced = 3, 3, torch.ones(1, 3)
+        target, law = enumerated.random_laws(0, vocab), enumerated.random_laws(1, vocab)
+        wanted, made = enumerated.joint(target, vocab, depth + 1), list[tuple[float, DraftTree]]()
+        monkeypatch.setattr(trees_sampling, "_noise", lambda *_: forced)
+        for path in itertools.product(range(vocab), repeat=depth):
+            growth = levels.sampled(trees_sampling.without_replacement(0, (1,) * depth), 0.0, 0.45)
+            step = levels.advance(growth)
+            while isinstance(step, Level):
+                forced = torch.where(torch.arange(vocab) == path[step.start], 1e-30, 1.0)[None]
+                step = levels.advance(growth, law(path[: step.start]).log()[None])
+            n = next((node for node in range(1, len(step.tokens)) if hindsight and step.tokens[node] == 1), None)
+            parts = (step.tokens[:n], step.parents[:n], step.probability[:n], ("",) * len(step.tokens[:n]))
+            q = torch.stack([law(path[:length]) for length in range(len(parts[0]))])
+            weight = math.prod(float(law(path[:i])[token]) for i, token in enumerate(path))
+            made.append((weight, DraftTree(*parts, q, "swor")))
+        assert len({len(tree) for _, tree in made}) > 1
+        for rule in (rules.recursive, rules.traversal):
+            got, _ = enumerated.output(rule, made, target, wanted)
+            assert (np.abs(got - wanted).max() < 1e-12) != hindsight
 
 
 def letters(model: Any, order: torch.Tensor) -> tuple[Any, PreTrainedTokenizerFast]:

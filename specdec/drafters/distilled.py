@@ -17,33 +17,9 @@ from specdec import storage
 from specdec.drafters.early_exit import with_layers
 from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.small_model import SmallModelDrafter
+from specdec.drafters.trimmed_head import TrimmedHead
 
 KIND, VERSION = "draft", 1
-OUTSIDE = -1e4  # the logit of a token that is not kept: of probability 0, and finite, for those who compare logits
-
-
-class TrimmedHead(nn.Module):
-    """A target's head for some of its tokens; what is left out has no probability.
-
-    It costs what those tokens cost. Output is as exact as ever: the law that a draft was drawn from is just another.
-
-    Args:
-        weight: the target's, of all its tokens.
-        kept: ids of those that stay.
-    """
-
-    def __init__(self, weight: Float[Tensor, "vocab width"], kept: Int[Tensor, " kept"]) -> None:
-        super().__init__()
-        self.vocab = len(weight)
-        self.few = nn.Linear(weight.shape[1], len(kept), bias=False, device=weight.device, dtype=weight.dtype)
-        self.few.weight = nn.Parameter(weight[kept.to(weight.device)].detach(), requires_grad=False)
-        self.kept: Tensor
-        self.register_buffer("kept", kept.to(weight.device), persistent=False)
-
-    def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
-        """Logits of all the target's tokens."""
-        few: Tensor = self.few(hidden)
-        return few.new_full((*few.shape[:-1], self.vocab), OUTSIDE).index_copy(-1, self.kept, few)
 
 
 class Fuse(nn.Module):

@@ -17,6 +17,7 @@ from specdec import trees
 from specdec.attention import switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.drafters.acceptance_head import AcceptanceHead
+from specdec.drafters.trimmed_head import TrimmedHead, kept_only
 from specdec.masks import Reach, additive
 from specdec.model import Form, Pass, reaches
 from specdec.streaming_cache import StreamingCache
@@ -117,6 +118,7 @@ class Rows:
 
     Attributes:
         texts: one per row.
+        ids: tokens that logits are of; None where the module's head says all.
     """
 
     def __init__(
@@ -125,6 +127,8 @@ class Rows:
         self.module, self.form, self.head, self.window = module, form, head, window
         self.takes_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
         self.config = module.config.get_text_config(decoder=True)
+        says = module.get_output_embeddings()
+        self.ids = says.kept.cpu().numpy() if isinstance(says, TrimmedHead) else None
         self.cache = self._empty()
         self.texts = [Text(self) for _ in range(n)]
 
@@ -198,7 +202,8 @@ class Rows:
         if hidden:
             options["output_hidden_states"] = True
         ours = mask is not None and self.form.attention != "own"
-        with switched(self.config) if ours else nullcontext():
+        few = nullcontext() if self.ids is None else kept_only()
+        with switched(self.config) if ours else nullcontext(), few:
             outputs = self.module(
                 **inputs, **options, attention_mask=mask, past_key_values=self.cache, use_cache=True, return_dict=True
             )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.generation import logits_process
 
 from specdec import cpu, demo
+from specdec.allowance import Typical
 from specdec.attach import attach
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import levels
@@ -19,6 +22,7 @@ from specdec.drafters.acceptance_head import AcceptanceHead, head_for
 from specdec.drafters.model_rows import Rows
 from specdec.drafters.row_keeper import RowKeeper
 from specdec.drafters.translate import Translation
+from specdec.drafters.trimmed_head import OUTSIDE
 from specdec.masks import Reach
 from specdec.model import reaches
 from specdec.trees import sampling
@@ -28,6 +32,13 @@ Tree = Literal["chain", "beam", "best-first", "rsd-c", "rsd-s", "iid"]
 ANY_WIDTH = 1 << 30
 LEAST_WINDOW = 128  # a tree's nodes are among the newest that a window holds
 OWN = 7919  # any number
+# Warpers that look at how likely tokens are, and not at which they are: they take the logits of a trimmed head.
+BY_SIZE = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+)
 
 
 class SmallModelDrafter:
@@ -61,6 +72,9 @@ class SmallModelDrafter:
             them, and not what the model does. For ``ThresholdPolicy(lag=1)``.
         window: newest tokens of a text that the model's rows hold, beside the first four: constant memory, however long
             the text (``StreamingCache``). None for all. Texts of a batch are then drafted one after another.
+        thrifty: whether to draft no level that promises fewer tokens than its time is worth, as measured, whatever the
+            budget has room for. Then what is drafted hangs on the clock; without, on texts and budgets alone.
+        clock: seconds, as ``time.perf_counter``.
 
     Raises:
         ValueError: for a model that takes no trees, an unknown kind of tree, a head for another model, a window where
@@ -84,6 +98,8 @@ class SmallModelDrafter:
         cpu_kernels: bool = True,
         head: AcceptanceHead | str | os.PathLike[str] | None = None,
         window: int | None = None,
+        thrifty: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check(tree, temperature, tokenizer, target_tokenizer, branching, width)
         if head is not None and tree != "chain":
@@ -109,6 +125,8 @@ class SmallModelDrafter:
         own = np.random.SeedSequence([seed, OWN]).generate_state(1, np.uint32)
         self._generator = torch.Generator(model.device).manual_seed(int(own[0]))
         self._keeper = RowKeeper(model, form, self.head, window)
+        self.thrifty, self.clock = thrifty, clock
+        self._level, self._step = Typical(0.0), Typical(0.0)  # seconds; the first tree has all its levels
 
     @classmethod
     def load(cls, path: str, **arguments: Any) -> SmallModelDrafter:
@@ -125,6 +143,9 @@ class SmallModelDrafter:
                 self._keeper.end(context, self._text)
         drafted = dict[int, DraftTree]()
         if any(budget.nodes > 0 for budget in budgets):
+            last = contexts[0].verdict
+            if last is not None and not last.prompt:
+                self._step.see(last.seconds)
             texts = {id(context): self._text(context) for context in contexts if not context.finished}
             going = [
                 (context, budget)
@@ -180,8 +201,9 @@ class SmallModelDrafter:
         after = list(logits[:, None])
         asked = [levels.advance(growth) for growth in growths]
         while any(isinstance(each, Level) for each in asked):
+            began = self.clock()
             asked = [
-                levels.advance(growth, self._processed(context, each, ours), text.chance)
+                levels.advance(growth, *self._read(context, each, levels.Read(ours, text.chance, rows.ids)))
                 if isinstance(each, Level)
                 else each
                 for context, growth, each, ours, text in zip(contexts, growths, asked, after, rows.texts, strict=True)
@@ -189,29 +211,35 @@ class SmallModelDrafter:
             wanted = [each if isinstance(each, Level) else None for each in asked]
             if any(wanted):
                 after = rows.grow(wanted)
+                self._level.see(self.clock() - began)
         return [each for each in asked if isinstance(each, levels.Draft)]
+
+    @property
+    def _cost(self) -> float:
+        """What a level takes, in passes of the target; 0 where nobody counts, or knows yet."""
+        return self._level.value / self._step.value if self.thrifty and self._step.value else 0.0
 
     def _growth(self, context: Context, budget: Budget, text: Int[np.ndarray, " length"]) -> levels.Drafting:
         """How this context's tree grows."""
-        root, nodes, least = int(text[-1]), budget.nodes, budget.least
+        root, nodes, least, cost = int(text[-1]), budget.nodes, budget.least, self._cost
         depth = min(budget.depth, nodes, self.positions - len(text))
         width = 1 if self.tree == "chain" else min(self.width, budget.width, nodes)
         if depth < 1 or width < 1:
             return levels.likeliest(root, [], 1)
         if self.head is not None:
-            return levels.judged(root, depth, least, self._generator if self._samples(context) else None)
+            return levels.judged(root, depth, least, self._generator if self._samples(context) else None, cost)
         if self.tree == "best-first":
-            return levels.best_first(root, nodes, width, depth, least)
+            return levels.best_first(root, nodes, width, depth, least, cost)
         if self.tree in ("rsd-c", "iid"):
             branching = levels.fitted(self.branching, nodes, depth, budget.width)
         else:
             branching = [width] * min(depth, nodes // width)
         if not self._samples(context):
-            return levels.likeliest(root, branching, ANY_WIDTH if self.tree in ("rsd-c", "iid") else width, least)
+            return levels.likeliest(root, branching, ANY_WIDTH if self.tree in ("rsd-c", "iid") else width, least, cost)
         if self.tree == "rsd-s":
-            return levels.sampled(sampling.stochastic_beam(root, width, len(branching), self._generator), least)
+            return levels.sampled(sampling.stochastic_beam(root, width, len(branching), self._generator), least, cost)
         draw = sampling.independent if self.tree == "iid" else sampling.without_replacement
-        return levels.sampled(draw(root, branching, self._generator), least)
+        return levels.sampled(draw(root, branching, self._generator), least, cost)
 
     def _samples(self, context: Context) -> bool:
         """Whether a context's tree is to be sampled."""
@@ -221,22 +249,24 @@ class SmallModelDrafter:
             return self.temperature > 0
         return context.choice is not None and context.choice.sample
 
-    def _processed(
-        self, context: Context, level: Level, logits: Float[Tensor, "level vocab"]
-    ) -> Float[Tensor, "level vocab"]:
-        """The drafter's logits as trees are grown from them: warped, and as wide as the target's vocabulary."""
-        choice = context.choice
+    def _read(self, context: Context, level: Level, read: levels.Read) -> levels.Read:
+        """What the drafter says as trees are grown from it: warped, of tokens that the target knows."""
+        choice, logits = context.choice, read.logits
+        processors = None if choice is None or self.temperature is not None else choice.processors
         if self.temperature:
             logits = logits / self.temperature
         if choice is None or self.translation is not None:
-            return logits
-        logits = nn.functional.pad(logits, (0, choice.vocab - logits.shape[1]), value=-torch.inf)
-        if self.temperature is not None or not choice.processors:
-            return logits
-        guessed = levels.newest(level)
-        ids = np.concatenate([np.broadcast_to(context.tokens, (len(guessed), len(context.tokens))), guessed], 1)
-        processed: Tensor = choice.processors(torch.from_numpy(ids).to(logits.device), logits)
-        return processed
+            return read._replace(logits=logits)
+        ids = read.ids if _by_size(processors) and self.known <= choice.vocab else None
+        if ids is None:
+            logits = _widened(logits, read.ids, self.known, OUTSIDE)
+            more = choice.vocab - logits.shape[1]
+            logits = nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
+        if processors:
+            guessed = levels.newest(level)
+            text = np.concatenate([np.broadcast_to(context.tokens, (len(guessed), len(context.tokens))), guessed], 1)
+            logits = processors(torch.from_numpy(text).to(logits.device), logits)
+        return levels.Read(logits, read.chance, ids)
 
     def _tree(
         self, context: Context, budget: Budget, text: Int[np.ndarray, " length"], draft: levels.Draft
@@ -247,11 +277,27 @@ class SmallModelDrafter:
             return DraftTree.root(last)
         if self.translation is None:
             source = ("", *[self.name] * (n - 1))
-            return DraftTree(draft.tokens, draft.parents, draft.probability, source, draft.q, draft.law)
+            vocab = self.known if context.choice is None else context.choice.vocab
+            q = None if draft.q is None else _widened(draft.q, draft.ids, vocab, 0.0)
+            return DraftTree(draft.tokens, draft.parents, draft.probability, source, q, draft.law)
         guesses = self.translation.outward(context, text.tolist(), draft.tokens[1:].tolist())
         share = float(draft.probability[-1]) ** (1 / max(1, len(guesses)))  # as if all its tokens were equally likely
         guesses = guesses[: min(budget.depth, budget.nodes)]
         return DraftTree.chain(last, guesses, [share ** (i + 1) for i in range(len(guesses))], self.name)
+
+
+def _by_size(processors: object) -> bool:
+    """Whether all of them look at how likely tokens are, and not at which they are."""
+    return not processors or (isinstance(processors, list) and all(type(each) in BY_SIZE for each in processors))
+
+
+def _widened(
+    few: Float[Tensor, "nodes few"], ids: Int[np.ndarray, " few"] | None, vocab: int, others: float
+) -> Float[Tensor, "nodes vocab"]:
+    """Numbers of all tokens, given those of the tokens ``ids``."""
+    if ids is None:
+        return few
+    return few.new_full((len(few), vocab), others).index_copy(1, torch.from_numpy(ids).to(few.device), few)
 
 
 def _check(
