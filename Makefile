@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 METHODS := plain,plain+kernels,auto,auto+kernels,suffix+kernels,recycling+kernels,prompt-lookup,prompt-lookup+kernels,compiled,assisted,economize,flashspec
 
-.PHONY: .venv browser demo test test-all check bench bench-cost bench-agents bench-questions bench-drafts bench-long architectures gpu wheel
+.PHONY: .venv browser demo test test-all check bench bench-cost bench-hindsight bench-agents bench-questions bench-drafts bench-long architectures gpu wheel
 
 .venv: $(READY)
 
@@ -52,6 +52,12 @@ bench: $(READY)
 bench-cost: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
+	$(BIN)/python benchmarks/figures.py
+
+# The default against the best fixed drafter and size for each kind of work; about ten minutes.
+bench-hindsight: $(READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/hindsight.py --json benchmarks/results/hindsight.json
 	$(BIN)/python benchmarks/figures.py
 
 # Sessions, the pool and other libraries on top: what they gain end to end; about a quarter of an hour.

@@ -309,7 +309,7 @@ GOOD: dict[str, Callable[[int, int], list[int]]] = {
     "warm": WARM.text,
     "hot": HOT.text,
 }
-AGAINST_BEST = {"plain": 0.9, "kernels": 0.95, "quick": 0.95}  # a wrong guess costs most of a plain step in the first
+AGAINST_BEST = {"plain": 0.88, "kernels": 0.95, "quick": 0.9}  # a wrong guess costs most of a plain step in the first
 FIXED = [(0, 1, 1), (2, 2, 1), (4, 4, 1), (4, 4, 4), (8, 8, 1), (8, 4, 4), (16, 16, 1), (16, 8, 4), (32, 16, 4)]
 ALONE: dict[str, Callable[[Clock], Drafter]] = {
     "both": both,
@@ -380,7 +380,7 @@ class TestLearning:
         policy = ThroughputPolicy(costs(lambda n: 1.0), clock=clock)
         played = simulation.play(texts, Paced(Lucky(texts, 0.6), clock), policy, clock, lambda fed: 1 + 0.5 * (fed - 1))
         assert np.mean(played.fed[:5]) > 4
-        assert np.mean(played.fed[-100:]) <= 4.5
+        assert np.mean(played.fed[-100:]) <= 4.75
 
     def test_a_moment_of_a_slow_machine_is_forgotten(self) -> None:
         texts, clock, seconds = good("phrases"), Clock(), simulation.table(KERNELS)

@@ -16,7 +16,7 @@ from specdec.calibration import Acceptance, believed, estimate_kinds
 from specdec.core import Budget, Context, DraftTree
 from specdec.costs import LARGEST, Costs
 
-CAUTION, WEIGHT = 0.8, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
+CAUTION, WEIGHT = 0.9, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
 REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
