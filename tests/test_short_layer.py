@@ -23,7 +23,7 @@ from specdec.cache import SlotCache
 from specdec.policies import FixedPolicy
 from specdec.short_layer import ShortLayer, fits
 from specdec.short_stack import ShortStack
-from tests.tiny import Oracle, padded, prompt, same
+from tests.tiny import Oracle, padded, prompt, quick_layers, same
 from tests.tiny import model as tiny_model
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -55,12 +55,8 @@ NOT: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without measuring, and in one thread, so that the same passes are ours on every machine."""
-    monkeypatch.setattr(cpu, "_few", lambda weights: 256)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with quick_layers(monkeypatch):
+        yield
 
 
 @pytest.fixture

@@ -18,17 +18,13 @@ from specdec.cache import SlotCache, SlotLayer
 from specdec.short_layer import ShortLayer
 from specdec.short_stack import ShortStack
 from tests.tiny import model as tiny_model
-from tests.tiny import prompt
+from tests.tiny import prompt, quick_layers
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without measuring, and in one thread."""
-    monkeypatch.setattr(cpu, "_few", lambda weights: 256)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with quick_layers(monkeypatch):
+        yield
 
 
 @pytest.fixture

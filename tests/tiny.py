@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import specdec
+from specdec import cpu
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import MergedDrafter
 from specdec.policies import FixedPolicy
@@ -231,3 +232,13 @@ def unhurried() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MergedDrafter.__init__, "__defaults__", (lambda: 0.0,))
         yield
+
+
+@contextmanager
+def quick_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our layers for up to 256 rows without measuring, in one thread: the same passes are ours on every machine."""
+    monkeypatch.setattr(cpu, "_few", lambda weights: 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
