@@ -97,7 +97,7 @@ class Served:
         self.pool = SessionPool(model, spelling, drafter, FixedPolicy(12, 5, 4), cpu_kernels=False, **pool)
         self.service = Service(model, self.pool, predictions, NAME, **options)
         made = app(self.service, tokens, self.memory, save_to, stopping=lambda: self.server.should_exit, **gate)
-        self.server = uvicorn.Server(uvicorn.Config(made, log_level="warning", timeout_graceful_shutdown=20))
+        self.server = uvicorn.Server(uvicorn.Config(made, log_level="warning", timeout_graceful_shutdown=int(FOR_EVER)))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
@@ -119,7 +119,7 @@ def served(model: Any, tokens: list[str] | None = None, save_to: Any = None, **o
     made = Served(model, tokens or [], save_to, options)
     made.thread.start()
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + FOR_EVER
         while not made.server.started and made.thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert made.server.started

@@ -306,7 +306,7 @@ def test_one_process_writes_while_another_reads(tmp_path: Any) -> None:
             for _ in range(5):
                 memory.save(path)
         assert reader.stdout.readline() == "done\n"
-        assert reader.wait(60) == 0
+        assert reader.wait(300) == 0
     finally:
         reader.kill()
         reader.wait()

@@ -84,10 +84,10 @@ def held(pool: SessionPool) -> Iterator[Any]:
     def act(tokens: int) -> None:
         if tokens == 2:
             reached.set()
-            go_on.wait(30)
+            go_on.wait(300)
 
     request = pool.submit(prompt(5, seed=77), max_new_tokens=12, streamer=Gate(act))
-    reached.wait(30)
+    reached.wait(300)
     try:
         yield request
     finally:

@@ -62,9 +62,9 @@ def post(running: Served, body: Any, path: str = CHAT, token: str = ALICE, **opt
     headers = {"Authorization": f"Bearer {token}"}
     if isinstance(body, dict):
         body = {"model": NAME, **({"messages": HELLO} if path == CHAT else {}), **body}
-        return httpx.post(running.url + path, json=body, headers=headers, timeout=30, **options)
+        return httpx.post(running.url + path, json=body, headers=headers, timeout=served.FOR_EVER, **options)
     headers["Content-Type"] = "application/json"
-    return httpx.post(running.url + path, content=body, headers=headers, timeout=30, **options)
+    return httpx.post(running.url + path, content=body, headers=headers, timeout=served.FOR_EVER, **options)
 
 
 def fault(response: httpx.Response) -> tuple[int, str]:
@@ -86,7 +86,7 @@ class Held(BaseStreamer):
         self.seen += 1
         if self.seen == 2:
             self.reached.set()
-            self.go_on.wait(30)
+            self.go_on.wait(served.FOR_EVER)
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -222,7 +222,7 @@ class TestRefused:
         """And all of one request's answers are given up when some of them are too many."""
         held = Held()
         first = running.pool.submit(prompt(5), max_new_tokens=12, streamer=held)
-        held.reached.wait(30)
+        held.reached.wait(served.FOR_EVER)
         try:
             answer = post(running, {"n": 4, "max_tokens": 5})
             assert fault(answer) == (429, "rate_limit_exceeded")
@@ -334,7 +334,7 @@ class TestGivenUp:
         """While it waits behind others, or is being written."""
         before, held = running.pool.outcomes["cancelled"], Held()
         running.pool.submit(prompt(5), max_new_tokens=12, streamer=held)
-        held.reached.wait(30)
+        held.reached.wait(served.FOR_EVER)
         body = {"model": NAME, "messages": HELLO, "prediction": {"type": "content", "content": "abc"}}
         try:
             with pytest.raises(httpx.ReadTimeout):

@@ -99,7 +99,7 @@ def test_text_as_it_comes(model: Any, capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_iterator_in_another_thread(model: Any) -> None:
     tokenizer = tiny.tokenizer()
     text = tokenizer.decode(model.generate(prompt(), max_new_tokens=20)[0])
-    streamer = TextIteratorStreamer(tokenizer, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, timeout=300)
     with specdec.speculating(model, Oracle(), POLICY):
         arguments = {"inputs": prompt(), "streamer": streamer, "max_new_tokens": 20}
         thread = threading.Thread(target=model.generate, kwargs=arguments)

@@ -184,7 +184,7 @@ class TestAmongOthers:
             policy = ThroughputPolicy(Costs(PASSES), clock=clock)
             runs.append(simulation.play([text], drafter, policy, clock, simulation.table(PASSES)))
         merged, ngrams = (sum(run.seconds) for run in runs)
-        assert merged < ngrams + allowed(1)
+        assert merged < ngrams + allowed(1) + FIRST  # the hierarchy's own allowance, and the merge's for it
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
