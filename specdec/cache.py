@@ -35,11 +35,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
 
     def __init__(self, window: int | None = None) -> None:
-        super().__init__()
+        self.is_initialized = False  # not by the base class: it keeps keys and values, which are views here
         self.window = window
         self.is_sliding = window is not None
         self.lengths: list[int] = [0]
         self.offset = 0
+        self._shown = 0, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate slots shaped after the first keys and values."""
@@ -52,6 +53,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def _slots(self, like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
         # Zeros: a masked slot still meets a zero weight in the sum over values, and 0 * NaN is NaN.
         return like.new_zeros((rows, like.shape[1], capacity, like.shape[-1]))
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys of the slots that attention may look at, [rows, heads, slots, width]; a view."""
+        return self._view(self._keys)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Their values."""
+        return self._view(self._values)
+
+    def _view(self, slots: torch.Tensor) -> torch.Tensor:
+        rows, (first, end) = len(self.lengths), self._shown
+        held = slots if len(slots) == rows else slots[:rows]
+        return held.narrow(2, first, end - first)  # quicker than an index
 
     def update(
         self,
@@ -169,11 +185,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _show(self, first: int | None = None, end: int | None = None) -> None:
         """Let attention see some slots of all rows: from the first in reach to the longest row's end, if not said."""
-        first = self._first() - self.offset if first is None else first
-        end = max(self.lengths) - self.offset if end is None else end
-        rows = len(self.lengths)
-        held = [slots if len(slots) == rows else slots[:rows] for slots in (self._keys, self._values)]
-        self.keys, self.values = (slots.narrow(2, first, end - first) for slots in held)  # quicker than an index
+        self._shown = (
+            self._first() - self.offset if first is None else first,
+            max(self.lengths) - self.offset if end is None else end,
+        )
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Start from another cache's rows, the last of ``length`` tokens; they are copied."""

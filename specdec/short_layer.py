@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,11 @@ IGNORED = ("position_ids", "use_cache", "cache_position", "output_hidden_states"
 TAKEN = ("sdpa", "specdec")  # attention implementations whose masks say True where to attend
 NONE = np.empty(0, np.float32)
 RECORDING = "transformers.utils.output_capturing"  # its hooks stay for good, and take nothing from sdpa's attention
+
+Part = tuple[
+    dict[str, Any], str, nn.Module, dict[int, Any], dict[int, Any]
+]  # siblings, name, and hooks before and after
+Held = tuple[dict[str, Any], str]  # a module's parameters, and the name of one
 
 
 class ShortLayer:
@@ -50,7 +56,8 @@ class ShortLayer:
     def __init__(self, layer: Any, most: int, shared: Shared) -> None:
         self.layer, self.most, self.shared = layer, most, shared
         self.attention: Any = layer.self_attn
-        self.parts = [(parent._modules, name, parent._modules[name]) for parent, name in _places(layer)]
+        places = [(parent._modules, name, parent._modules[name]) for parent, name in _places(layer)]
+        self.parts: list[Part] = [(*place, place[2]._forward_pre_hooks, place[2]._forward_hooks) for place in places]
         self._read()
 
     def _read(self) -> None:
@@ -61,8 +68,10 @@ class ShortLayer:
         norms = [self.layer.input_layernorm, self.layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in NORMS_OF_HEADS]
         own = [each._parameters for each in (*linears, *norms) if each is not None]
-        self.held = [(parameters, name) for parameters in own for name in parameters if parameters[name] is not None]
-        self.addresses = [parameters[name].data_ptr() for parameters, name in self.held]
+        self.held: list[Held] = [
+            (parameters, name) for parameters in own for name in parameters if parameters[name] is not None
+        ]
+        self.addresses = addresses(self.held)
         self.wq, self.wk, self.wv, self.wo, self.wg, self.wu, self.wd = (_array(each.weight) for each in linears)
         self.bq, self.bk, self.bv, self.bo, self.bg, self.bu, self.bd = (_array(each.bias) for each in linears)
         self.norm, self.second_norm, self.q_norm, self.k_norm = (_array(n and n.weight) for n in norms)
@@ -117,15 +126,15 @@ class ShortLayer:
 
     def untouched(self) -> bool:
         """Whether the parts are still the layer's own, and nobody listens to them."""
-        for siblings, name, part in self.parts:
-            if siblings[name] is not part or part._forward_pre_hooks or "forward" in vars(part):
-                return False
-            if part._forward_hooks and any(hook.__module__ != RECORDING for hook in part._forward_hooks.values()):
-                return False
-        if [parameters[name].data_ptr() for parameters, name in self.held] != self.addresses:
-            if not all(_plain(parameters[name]) for parameters, name in self.held):
-                return False
-            self._read()
+        return alone(self.parts) and self.found()
+
+    def found(self) -> bool:
+        """Whether the weights are where they were, or have been looked up where they are now."""
+        if self.addresses == addresses(self.held):
+            return True
+        if not all(_plain(parameters[name]) for parameters, name in self.held):
+            return False
+        self._read()
         return True
 
     def _run(
@@ -164,6 +173,21 @@ class ShortLayer:
             )  # fmt: skip
             layer_numba.after_attention(x, read, *rest)
         return torch.from_numpy(y).view(batch, nodes, width)
+
+
+def alone(parts: Sequence[Part]) -> bool:
+    """Whether all parts of layers are where they were, with ``forward``s of their own, and nobody listens to them."""
+    for siblings, name, part, before, after in parts:
+        if siblings[name] is not part or before or "forward" in part.__dict__:
+            return False
+        if after and any(hook.__module__ != RECORDING for hook in after.values()):
+            return False
+    return True
+
+
+def addresses(held: Sequence[Held]) -> list[int]:
+    """Where the numbers of parameters are."""
+    return [parameters[name].data_ptr() for parameters, name in held]
 
 
 class Shared:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import output_capturing
 
 from specdec.cache import SlotCache, SlotLayer
-from specdec.short_layer import RECORDING, ShortLayer
+from specdec.short_layer import RECORDING, ShortLayer, addresses, alone
 
 RUNNING: ContextVar[Running | None] = ContextVar("RUNNING", default=None)  # the pass of a ShortStack that is under way
 
@@ -32,9 +32,17 @@ class ShortStack:
     def __init__(self, owner: nn.Module, modules: nn.ModuleList) -> None:
         self.owner, self.modules = owner, modules
         self.layers: list[ShortLayer] = [vars(layer)["forward"] for layer in modules]
-        self._read: list[list[int]] = []
+        self.parts = [part for layer in self.layers for part in layer.parts]
+        self._read()
         for layer in self.layers:
             layer.stack = self
+
+    def _read(self) -> None:
+        """Look at the weights where the layers know them to be."""
+        self.held = [each for layer in self.layers for each in layer.held]
+        self.addresses = addresses(self.held)
+        tables = [[_address(part) for part in parts] for layer in self.layers for parts in layer.tables]
+        self.tables = tuple(np.array(tables[kind::3]) for kind in range(3))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``, its layers told that they are run in order.
@@ -79,7 +87,18 @@ class ShortStack:
             return False
         if [vars(module).get("forward") for module in self.modules] != self.layers:
             return False
-        return all(layer.untouched() and not layer.layer.training and not _heard(layer.layer) for layer in self.layers)
+        if any(layer.layer.training or _heard(layer.layer) for layer in self.layers):
+            return False
+        return alone(self.parts) and self._found()
+
+    def _found(self) -> bool:
+        """Whether all weights are where they were, or have been looked up where they are now."""
+        if self.addresses == addresses(self.held):
+            return True
+        if not all(layer.found() for layer in self.layers):
+            return False
+        self._read()
+        return True
 
     def _run(self, hidden: torch.Tensor, mask: Any, turns: Any, cache: Any) -> torch.Tensor:
         from specdec.kernels.stack_numba import stack  # compiles or loads: on first use
@@ -87,7 +106,7 @@ class ShortStack:
         batch, nodes, width = hidden.shape
         first, numbers = self.layers[0], hidden.reshape(batch * nodes, width).contiguous().numpy()
         cos, sin, seen, threads = first.shared.read(turns, mask, batch, nodes)
-        weights, biases, norms = self._addresses()
+        weights, biases, norms = self.tables
         starts = np.array(cache.layers[0].lengths) - cache.layers[0].offset
         slots = np.array([layer.open(nodes) for layer in cache.layers])
         keys = cache.layers[0].keys
@@ -97,16 +116,6 @@ class ShortStack:
             seen, first.scale, len(first.wq) // first.dim, len(first.wg), threads,
         )  # fmt: skip
         return torch.from_numpy(y).view(batch, nodes, width)
-
-    def _addresses(self) -> tuple[np.ndarray, ...]:
-        """Of weights, biases and norms of all layers; looked up again once a layer has others."""
-        if not self._read or any(
-            layer.addresses is not read for layer, read in zip(self.layers, self._read, strict=True)
-        ):
-            tables = [[_address(part) for part in parts] for layer in self.layers for parts in layer.tables]
-            self._tables = tuple(np.array(tables[kind::3]) for kind in range(3))
-            self._read = [layer.addresses for layer in self.layers]
-        return self._tables
 
 
 def _address(part: np.ndarray) -> int:

@@ -13,9 +13,10 @@ import numpy as np
 from numba import njit, prange
 
 from specdec.kernels.linear_numba import outputs_of, product
-from specdec.kernels.tile_numba import LANES, ROWS, mix
+from specdec.kernels.tile_numba import LANES, ROWS, mix, turn
 
 FEWEST = 64  # slots of a part
+TURNED = 6  # queries for which it pays to turn keys on their side
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; but NaN and infinity keep their meaning
 
 
@@ -100,7 +101,7 @@ def _attend(
         for h in range(heads):
             queries[n * heads + h] = q[b * nodes + n, (head + h) * dim : (head + h + 1) * dim]
     scores, read = np.empty((nodes * heads, slots), np.float32), np.empty((nodes * heads, dim), np.float32)
-    product(keys, key_stride, queries.ctypes.data, dim, scores.ctypes.data, slots, nodes * heads, dim, slots)
+    _scored(queries, keys, key_stride, scores)
     for n in range(nodes):
         for h in range(heads):
             logs[b * nodes + n, head + h] = _softmax(scores[n * heads + h], mask, b, n, first, plain, scale)
@@ -108,6 +109,30 @@ def _attend(
     for n in range(nodes):
         for h in range(heads):
             seen[b * nodes + n, (head + h) * dim : (head + h + 1) * dim] = read[n * heads + h]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _scored(queries: Any, keys: int, stride: int, scores: Any) -> None:
+    """Products of each query with each key, written to ``scores`` [rows, slots].
+
+    Sums as short as a head's take as long to add up over the lanes of a register as to make. So keys are turned on
+    their side, as many as four registers hold, and each lane makes the sum of one of them.
+    """
+    (rows, dim), slots, done = queries.shape, scores.shape[1], 0
+    q, s = queries.ctypes.data, scores.ctypes.data
+    if rows >= TURNED:
+        turned = np.empty((dim, 4 * LANES), np.float32)
+        while done + 4 * LANES <= slots:
+            for slot in range(0, 4 * LANES, LANES):
+                for d in range(0, dim, LANES):
+                    to = turned.ctypes.data + 4 * (4 * LANES * d + slot)
+                    turn(keys + 4 * ((done + slot) * stride + d), stride, to, 4 * LANES)
+            for n in range(0, rows, ROWS):
+                at = q + 4 * n * dim, s + 4 * (n * slots + done)
+                mix(4, min(ROWS, rows - n), at[0], dim, turned.ctypes.data, 4 * LANES, at[1], slots, dim)
+            done += 4 * LANES
+    if done < slots:
+        product(keys + 4 * done * stride, stride, q, dim, s + 4 * done, slots, rows, dim, slots - done)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -256,9 +281,7 @@ def _softmax(row: Any, mask: Any, b: int, n: int, first: int, plain: int, scale:
     for s in range(max(0, plain - first), len(row)):
         if not mask[b, n, first + s]:
             row[s] = -np.inf
-    top = row[0]
-    for s in range(len(row)):
-        top = max(top, row[s])
+    top = _greatest(row)
     if top == -np.inf:  # padding may look at nothing, and gets nothing
         row[:] = 0
         return np.float32(-np.inf)
@@ -270,6 +293,16 @@ def _softmax(row: Any, mask: Any, b: int, n: int, first: int, plain: int, scale:
     for s in range(len(row)):
         row[s] *= share
     return np.float32(scale) * top + np.float32(np.log(total))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _greatest(row: Any) -> Any:
+    """The maximum. Compilers vectorise that of integers, and so do bits of floats, once those of negatives are turned."""
+    bits, top = row.view(np.int32), np.int32(-(1 << 31))
+    for s in range(len(bits)):
+        ordered = np.int32(bits[s] ^ (np.int32(bits[s] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        top = ordered if ordered > top else top
+    return np.int32(top ^ (np.int32(top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

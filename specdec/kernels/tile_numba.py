@@ -89,6 +89,18 @@ def mix(
     return signature, codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def turn(typing: Any, w: Any, w_stride: Any, y: Any, y_stride: Any) -> Any:
+    """``y[i, o] = w[o, i]`` for ``LANES`` rows and columns: addresses of float32, strides counted in numbers."""
+    signature = types.void(*[types.int64] * 4)
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Sequence[Any]) -> Any:
+        builder.call(_turn(builder.module), arguments)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def _choose(b: ir.IRBuilder, arguments: Sequence[Any], functions: list[tuple[tuple[int, ...], ir.Function]]) -> None:
     """Call the function whose size the first arguments name with the others."""
     n = len(functions[0][0])
@@ -121,8 +133,22 @@ def _mix(module: ir.Module, vectors: int, rows: int) -> ir.Function:
     sums, _ = _loop(b, _INT(0), terms, 1, [_ZERO] * (vectors * rows), add)
     for i, total in enumerate(sums):
         r, column = divmod(i, vectors)
-        place = _at(b, y, b.add(b.mul(y_stride, _INT(r)), columns[column]))
-        b.store(total, b.bitcast(place, _VECTOR.as_pointer())).align = 4
+        _store(b, total, _at(b, y, b.add(b.mul(y_stride, _INT(r)), columns[column])))
+    b.ret_void()
+    return b.function
+
+
+def _turn(module: ir.Module) -> ir.Function:
+    """A square on its side: rows that are half of them apart are interleaved, as often as it takes."""
+    b, (w, w_stride, y, y_stride) = _begun(module, "specdec_turn", 4)
+    rows = [_load(b, _at(b, w, b.mul(w_stride, _INT(o))), _INT(0), _VECTOR) for o in range(LANES)]
+    kind, half = ir.VectorType(ir.IntType(32), LANES), LANES // 2
+    lanes = [[start + i // 2 + i % 2 * LANES for i in range(LANES)] for start in (0, half)]
+    for _ in range(half.bit_length()):
+        pairs = zip(rows[:half], rows[half:], strict=True)
+        rows = [b.shuffle_vector(*pair, ir.Constant(kind, each)) for pair in pairs for each in lanes]
+    for i, row in enumerate(rows):
+        _store(b, row, _at(b, y, b.mul(y_stride, _INT(i))))
     b.ret_void()
     return b.function
 
@@ -218,6 +244,10 @@ def _load(b: ir.IRBuilder, start: ir.Value, at: ir.Value, kind: ir.Type) -> ir.V
     value = b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()))
     value.align = 4
     return value
+
+
+def _store(b: ir.IRBuilder, vector: ir.Value, place: ir.Value) -> None:
+    b.store(vector, b.bitcast(place, _VECTOR.as_pointer())).align = 4
 
 
 def _fetch(b: ir.IRBuilder, address: ir.Value, size: int) -> None:
