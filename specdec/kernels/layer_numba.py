@@ -297,7 +297,7 @@ def _softmax(row: Any, mask: Any, b: int, n: int, first: int, plain: int, scale:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _greatest(row: Any) -> Any:
-    """The maximum. Compilers vectorise that of integers, and so do bits of floats, once those of negatives are turned."""
+    """The maximum. Compilers vectorise that of integers, as bits of floats are once negatives are turned."""
     bits, top = row.view(np.int32), np.int32(-(1 << 31))
     for s in range(len(bits)):
         ordered = np.int32(bits[s] ^ (np.int32(bits[s] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
@@ -338,9 +338,12 @@ def _add_bias(y: Any, bias: Any, first: int, last: int) -> None:
                 total[i] += bias[first + i]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _gated(gate: Any, up: Any, gate_bias: Any, up_bias: Any, first: int, last: int) -> None:
-    """SwiGLU (Shazeer, arXiv 2002.05202) of columns ``first`` to ``last``, in place of ``gate``."""
+    """SwiGLU (Shazeer, arXiv 2002.05202) of columns ``first`` to ``last``, in place of ``gate``.
+
+    Where Python's rule for division by zero held, numbers would be divided one by one.
+    """
     _add_bias(gate, gate_bias, first, last)
     _add_bias(up, up_bias, first, last)
     for n in range(len(gate)):
