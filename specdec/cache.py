@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from specdec.kernels.move_rows import move_rows
+from specdec.kernels.move_rows import move_rows, move_rows_of_all
 
 GROWTH = 256  # spare slots made whenever a buffer must grow
 
@@ -89,11 +89,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys, self.values
 
     def like(self, other: SlotLayer) -> bool:
-        """Whether it holds rows as long as another's in buffers of the same shape, in float32 on the CPU."""
+        """Whether it holds the same tokens as another, keys and values in alike buffers of float32 on the CPU."""
         if not self.is_initialized or not other.is_initialized or self.lengths != other.lengths:
             return False
         ours, theirs = self._keys, other._keys
-        return ours.shape == theirs.shape and ours.dtype == torch.float32 and not ours.is_cuda
+        shape = ours.shape == theirs.shape == self._values.shape and self.offset == other.offset
+        return shape and ours.dtype == torch.float32 and not ours.is_cuda and ours.is_contiguous()
 
     def open(self, nodes: int) -> tuple[int, int]:
         """Count so many nodes behind each row's length as written; the addresses of the first key and value.
@@ -267,10 +268,14 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the nodes a pass wrote behind the rows' lengths ``base``, keep each row's path and forget the rest."""
+        layers = [layer for layer in self.slots if layer.is_initialized]
         moves = _padded(paths) if any(map(_displaced, paths)) else None
-        for layer in self.slots:
-            if layer.is_initialized:
-                layer.keep(base, paths, moves)
+        if moves is not None and all(type(layer) is SlotLayer and layer.like(layers[0]) for layer in layers):
+            buffers = [slots for layer in layers for slots in layer.buffers]
+            move_rows_of_all(buffers, moves, torch.tensor(base) - layers[0].offset)
+            moves = None
+        for layer in layers:
+            layer.keep(base, paths, moves)
 
     def join(self, other: SlotCache) -> None:
         """Copy the only row of another cache of the same model, which becomes the last of this one's."""

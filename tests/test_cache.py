@@ -13,6 +13,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 import specdec.cache
 from specdec.cache import SlotCache, SlotLayer
+from specdec.kernels.move_rows import move_rows
 from tests import tiny
 from tests.tiny import padded, prompt, same
 
@@ -60,6 +61,27 @@ class TestKeep:
         cache.keep([3], [[0, 2, 4]])
         assert held(cache.layers[0]) == [[1, 2, 3, 10, 12, 14]]
         assert cache.lengths == [6]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("windows", [(None, None, None), (None, 50, 6)])
+    def test_paths_move_down_in_all_layers(
+        self, windows: tuple[int | None, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In one call where layers are alike, and one by one where they are not."""
+        moved = list[int]()
+        monkeypatch.setattr(specdec.cache, "move_rows", lambda *given: moved.append(1) or move_rows(*given))
+        cache = cache_of(*windows)
+        for layer in range(3):
+            for rows in ([[1, 2, 3], [4, 5, 6]], [[10, 11, 12, 13], [20, 21, 22, 23]]):
+                numbers = (states(rows) + 100 * layer).to(dtype)
+                cache.update(numbers, numbers + 0.5, layer)
+        cache.keep([3, 3], [[0, 2, 3], [1]])
+        for layer, slots in enumerate(cache.slots):
+            for row, tokens in enumerate(([1, 2, 3, 10, 12, 13], [4, 5, 6, 21])):
+                expected = (states([tokens])[0] + 100 * layer).to(dtype)
+                assert torch.equal(slots.buffers[0][row, :, : len(tokens)], expected)
+                assert torch.equal(slots.buffers[1][row, :, : len(tokens)], expected + 0.5)
+        assert len(moved) == (0 if dtype == torch.float32 else 3)
 
     def test_nothing_is_kept(self) -> None:
         cache = cache_of(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -44,6 +45,17 @@ def move_rows(
         move_rows_numba.move_rows(keys, values, paths, base)
     else:
         _reference(keys, values, paths, base)
+
+
+def move_rows_of_all(
+    buffers: Sequence[Float[Tensor, "rows heads slots d"]],
+    paths: Int[Tensor, "moved length"],
+    base: Int[Tensor, " moved"],
+) -> None:
+    """``move_rows`` in the first rows of many contiguous float32 buffers on the CPU, all of one shape, in one call."""
+    from specdec.kernels import move_rows_numba
+
+    move_rows_numba.move_rows_of_all(buffers, paths, base)
 
 
 def _reference(keys: Tensor, values: Tensor, paths: Tensor, base: Tensor) -> None:

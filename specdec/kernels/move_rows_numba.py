@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
+
+from specdec.kernels.tile_numba import floats
 
 
 def move_rows(keys: torch.Tensor, values: torch.Tensor, paths: torch.Tensor, base: torch.Tensor) -> None:
     """As ``specdec.kernels.move_rows``, for any type: what moves is bits."""
     _move_rows(_array(keys), _array(values), paths.numpy(), base.numpy())
+
+
+def move_rows_of_all(buffers: Sequence[torch.Tensor], paths: torch.Tensor, base: torch.Tensor) -> None:
+    """As ``specdec.kernels.move_rows_of_all``."""
+    addresses = np.array([buffer.data_ptr() for buffer in buffers])
+    _move_rows_of_all(addresses, tuple(buffers[0].shape), paths.numpy(), base.numpy())
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _move_rows_of_all(addresses: np.ndarray, shape: Any, paths: np.ndarray, base: np.ndarray) -> None:
+    for address in addresses:
+        slots = carray(floats(address), shape)
+        _move_rows(slots, slots[:, :, :, :0], paths, base)
 
 
 def _array(slots: torch.Tensor) -> np.ndarray:

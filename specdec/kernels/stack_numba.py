@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from specdec.kernels.layer_numba import after_cache, before_cache
+from specdec.kernels.tile_numba import floats
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -72,20 +71,10 @@ def _write(slots: Any, states: Any, strides: Any, starts: Any, groups: int, dim:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _matrix(address: int, rows: int, columns: int) -> Any:
-    return carray(_pointer(address), (rows, columns))
+    return carray(floats(address), (rows, columns))
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _vector(address: int, length: int) -> Any:
     """The numbers at an address; none at 0."""
-    return carray(_pointer(address), (length if address else 0,))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing: Any, address: Any) -> Any:
-    """An address as numba's pointer to float32."""
-
-    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
-
-    return types.CPointer(types.float32)(types.int64), codegen
+    return carray(floats(address), (length if address else 0,))

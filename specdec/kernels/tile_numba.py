@@ -101,6 +101,16 @@ def turn(typing: Any, w: Any, w_stride: Any, y: Any, y_stride: Any) -> Any:
     return signature, codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def floats(typing: Any, address: Any) -> Any:
+    """An address as numba's pointer to float32."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _FLOAT.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
 def _choose(b: ir.IRBuilder, arguments: Sequence[Any], functions: list[tuple[tuple[int, ...], ir.Function]]) -> None:
     """Call the function whose size the first arguments name with the others."""
     n = len(functions[0][0])
