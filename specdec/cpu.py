@@ -78,15 +78,17 @@ def _replace(model: nn.Module, layers: Sequence[Any], few: int) -> str:
 
 def _join(model: nn.Module, before: Any) -> None:
     """Let lists of quick layers run in one call, unless that changes what the model says."""
-    owners = []
+    stacks = []
     for owner in list(model.modules()):
         for modules in owner.children():
             if type(modules) is nn.ModuleList and "forward" not in vars(owner) and alike(modules):
-                owner.forward = ShortStack(owner, modules)
-                owners.append(owner)
-    if owners and _difference(before, _logits(model)):
-        for owner in owners:
-            del owner.forward
+                stacks.append(ShortStack(owner, modules))
+                owner.forward = stacks[-1]
+    if stacks and _difference(before, _logits(model)):
+        for stack in stacks:
+            del stack.owner.forward
+    elif len(stacks) == 1 and stacks[0].lead(model) and _difference(before, _logits(model, stacks[0])):
+        stacks[0].model = None
 
 
 def installed(model: nn.Module) -> bool:
@@ -140,19 +142,25 @@ def _quickest(call: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def _logits(model: Any) -> torch.Tensor | str:
-    """What the model says of a prompt, a single token and a small tree after it; or why it does not."""
+def _logits(model: Any, stack: ShortStack | None = None) -> torch.Tensor | str:
+    """What the model, or its ``stack``, says of a prompt, a token and a small tree after it; or why it does not."""
     config = model.config.get_text_config(decoder=True)
     ids = torch.arange(9)[None] % int(config.vocab_size)
-    own, positions = DynamicCache(config=config), torch.tensor([[6, 7, 7]])
+    own = DynamicCache(config=config)
     cache = SlotCache.of(own) or own
     mask = torch.ones(1, 1, 3, 9, dtype=torch.bool)
     mask[0, 0, :, 6:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])
+
+    def said(tokens: torch.Tensor, mask: torch.Tensor | None, positions: list[int]) -> Any:
+        places = torch.tensor([positions])
+        if stack is not None:
+            return stack.logits(tokens, mask, places, cache)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
+        return model(**inputs, past_key_values=cache, use_cache=True).logits
+
     try:
         model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-        one = model(input_ids=ids[:, 5:6], past_key_values=cache, use_cache=True).logits
-        tree = {"input_ids": ids[:, 6:], "attention_mask": mask, "position_ids": positions}
-        return torch.cat([one, model(**tree, past_key_values=cache, use_cache=True).logits], dim=1)
+        return torch.cat([said(ids[:, 5:6], None, [5]), said(ids[:, 6:], mask, [6, 7, 7])], dim=1)
     except Exception as error:  # any model may refuse in any way: that is an answer
         return f"{type(error).__name__}: {error}"
 

@@ -21,6 +21,7 @@ from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
 from specdec.offloaded_cache import slots_of
 from specdec.shared_prefix import SharedCache, copies, hooked, one_of, spread
+from specdec.short_stack import ShortStack
 
 if TYPE_CHECKING:
     from specdec.graphed import GraphedSteps
@@ -190,8 +191,19 @@ class Model:
         self._batch, self._base = batch, list(self.lengths)
         if not isinstance(self.cache, SlotCache) and layout.tokens.shape[1] > 1:
             self._snapshot = _states(self.cache)
+        if not hidden and (said := self._straight(layout)) is not None:
+            return Pass(said)
         outputs = self._run(layout, hidden)
         return Pass(outputs.logits, outputs.hidden_states[-1] if hidden else None)
+
+    def _straight(self, layout: Layout) -> torch.Tensor | None:
+        """Logits without what transformers does around the layers, where they can be had so."""
+        stack = vars(getattr(self.module, "base_model", self.module)).get("forward")
+        if not isinstance(stack, ShortStack) or stack.model is not self.module or self.shift is None:
+            return None
+        if self.extras or self.widths or self.form.per_type:
+            return None
+        return stack.logits(layout.tokens, self._mask(layout), self._positions(layout, self.shift), self.cache)
 
     def _width(self, batch: Sequence[DraftTree]) -> int:
         n = max(map(len, batch))

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import nn
 from transformers.utils import output_capturing
 
 from specdec.cache import SlotCache, SlotLayer
 from specdec.short_layer import RECORDING, ShortLayer, addresses, alone
 
+ENDS = ("embed_tokens", "rotary_emb", "norm")  # what a plain decoder has besides its layers
 RUNNING: ContextVar[Running | None] = ContextVar("RUNNING", default=None)  # the pass of a ShortStack that is under way
 
 
@@ -24,10 +26,20 @@ class ShortStack:
     rotary embeddings are its own. Layers run one by one where the cache is not made of alike ``SlotLayer``s, where
     somebody listens to a layer, and wherever a ``ShortLayer`` leaves a pass to the layer itself.
 
+    What transformers does around the layers takes a millisecond. Where ``model`` says nothing but what its embedding,
+    layers, norm and head do, one after the other, its ``logits`` can be had without.
+
     Args:
         owner: the module.
         modules: its list of layers.
+
+    Attributes:
+        model: the causal LM around the module, if it is such a one.
     """
+
+    model: Any = None
+    _ends: tuple[Any, ...] = ()
+    _known: tuple[Any, ...] = ()
 
     def __init__(self, owner: nn.Module, modules: nn.ModuleList) -> None:
         self.owner, self.modules = owner, modules
@@ -59,6 +71,45 @@ class ShortStack:
         if running.result is not None and running.passed < len(self.layers):
             raise self._surprised("leaves out its last layers")
         return output
+
+    def logits(
+        self, tokens: Int[torch.Tensor, "rows nodes"], mask: Any, positions: torch.Tensor, cache: Any
+    ) -> Float[torch.Tensor, "rows nodes vocab"] | None:
+        """What ``model`` says of a pass; None where it must be asked itself, and somebody may listen to it.
+
+        Args:
+            mask, positions: as the model takes them.
+        """
+        embed, rotary, norm, head = self._ends
+        heard = (self.model, self.owner, embed, rotary, norm)
+        if positions.ndim != 2 or any(each._forward_hooks or each._forward_pre_hooks for each in heard):
+            return None
+        if self._code() != self._known or not self._can(cache, len(tokens)):
+            return None
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            if tokens.shape[1] > 1 or not bool(mask.all()):
+                return None
+            mask = None  # a single token sees all there is
+        hidden = embed(tokens)
+        turns = rotary(hidden, position_ids=positions)
+        if not self.layers[0].can(hidden, mask, turns, cache):
+            return None
+        said: torch.Tensor = head(norm(self._run(hidden, mask, turns, cache)))
+        return said
+
+    def lead(self, model: Any) -> bool:
+        """Be asked for the ``logits`` of a causal LM, if it may be one for which they are right."""
+        parts = [self.owner._modules.get(name) for name in ENDS]
+        if model.base_model is not self.owner or None in parts or model.get_output_embeddings() is None:
+            return False
+        self.model = model
+        self._ends, self._known = (*parts, model.get_output_embeddings()), self._code()
+        return True
+
+    def _code(self) -> tuple[Any, ...]:
+        """What would be run where the ``logits`` are not had without."""
+        layer, model = type(self.modules[0]), self.model
+        return type(model).forward, type(self.owner).forward, layer.__call__, vars(model).get("forward")
 
     def run(self, layer: ShortLayer, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
         """What a layer's ``forward`` returns; None where it must run itself."""

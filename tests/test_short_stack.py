@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
+import specdec
 from specdec import cpu
 from specdec.cache import SlotCache, SlotLayer
+from specdec.drafters import NgramDrafter
+from specdec.policies import FixedPolicy
 from specdec.short_layer import ShortLayer
 from specdec.short_stack import ShortStack
 from tests.tiny import model as tiny_model
@@ -56,8 +59,11 @@ def plain(model: Any) -> Any:
 
 
 @torch.no_grad()
-def said(model: Any, **arguments: Any) -> Any:
-    """What it says of three tokens behind two texts of unlike length, and the rows that it then holds."""
+def said(model: Any, straight: bool = False, **arguments: Any) -> Any:
+    """What it says of three tokens behind two texts of unlike length, and the rows that it then holds.
+
+    If ``straight``, its logits as its stack says them.
+    """
     cache = SlotCache.of(DynamicCache(config=model.config))
     model(input_ids=prompt(8, 2), past_key_values=cache, use_cache=True)
     cache.keep([0, 0], [list(range(8)), list(range(5))])
@@ -66,9 +72,16 @@ def said(model: Any, **arguments: Any) -> Any:
         mask[row, 0, :, :held] = True
         mask[row, 0, :, held : held + 3] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
     positions = torch.tensor([[8, 9, 9], [5, 6, 6]])
+    if straight:
+        return stack_of(model).logits(prompt(3, 2, 1), mask, positions, cache), cache
     inputs = {"input_ids": prompt(3, 2, 1), "attention_mask": mask, "position_ids": positions}
     output = model(**inputs, past_key_values=cache, use_cache=True, **arguments)
     return output, cache
+
+
+def stack_of(model: Any) -> ShortStack:
+    stack: ShortStack = vars(model.model)["forward"]
+    return stack
 
 
 def alike(ours: torch.Tensor, own: torch.Tensor) -> None:
@@ -317,3 +330,108 @@ def test_it_is_taken_out_again() -> None:
     model = build()
     cpu.remove(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+LISTENERS: dict[str, Callable[[Any], Any]] = {
+    "model": lambda model: model.register_forward_hook(lambda *_: None),
+    "decoder": lambda model: model.model.register_forward_pre_hook(lambda *_: None),
+    "embedding": lambda model: model.model.embed_tokens.register_forward_hook(lambda *_: None),
+    "rotary": lambda model: model.model.rotary_emb.register_forward_hook(lambda *_: None),
+    "norm": lambda model: model.model.norm.register_forward_pre_hook(lambda *_: None),
+    "layer": lambda model: model.model.layers[1].register_forward_hook(lambda *_: None),
+    "part of a layer": lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *_: None),
+    "another forward": lambda model: setattr(model, "forward", lambda *_, **__: None),
+}
+
+
+class TestStraight:
+    """Logits without what transformers does around the layers."""
+
+    def test_are_the_models(self) -> None:
+        model = build()
+        ours, rows = said(model, straight=True)
+        expected, others = said(model)
+        assert torch.equal(ours, expected.logits)
+        assert torch.equal(rows.layers[2].values, others.layers[2].values)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_of_a_copy_are_the_copys(self, copied: Callable[[Any], Any]) -> None:
+        model = build()
+        other = copied(model)
+        with torch.no_grad():
+            other.model.norm.weight.mul_(2)
+        assert stack_of(other).model is other
+        assert torch.equal(said(other, straight=True)[0], said(other)[0].logits)
+
+    @pytest.mark.parametrize("visible", [True, False])
+    def test_of_a_token_behind_padding_are_not_had(self, visible: bool) -> None:
+        model = build()
+        cache, mask = SlotCache.of(DynamicCache(config=model.config)), torch.ones(1, 9, dtype=torch.bool)
+        with torch.no_grad():
+            model(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            mask[0, 0] = visible
+            ours = stack_of(model).logits(prompt(1), mask, torch.tensor([[8]]), cache)
+            if not visible:
+                assert ours is None
+                return
+            cache.keep([8], [()])
+            assert torch.equal(ours, model(input_ids=prompt(1), past_key_values=cache, use_cache=True).logits)
+
+    @pytest.mark.parametrize("where", LISTENERS)
+    def test_are_not_had_where_somebody_listens(self, where: str) -> None:
+        model = build()
+        cache = SlotCache.of(DynamicCache(config=model.config))
+        with torch.no_grad():
+            model(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            LISTENERS[where](model)
+            assert stack_of(model).logits(prompt(1), None, torch.tensor([[8]]), cache) is None
+        assert cache.lengths == [8]
+
+    @pytest.mark.parametrize("name", ["LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer"])
+    def test_are_not_had_where_somebody_changed_the_code(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = build()
+        kinds = {type(module).__name__: type(module) for module in model.modules()}
+        cache = SlotCache.of(DynamicCache(config=model.config))
+        with torch.no_grad():
+            model(input_ids=prompt(8), past_key_values=cache, use_cache=True)
+            changed = "__call__" if name == "LlamaDecoderLayer" else "forward"
+            monkeypatch.setattr(kinds[name], changed, lambda *_, **__: None)
+            assert stack_of(model).logits(prompt(1), None, torch.tensor([[8]]), cache) is None
+
+    @pytest.mark.parametrize("more", ["logits", "embeddings"])
+    def test_are_not_had_where_the_model_does_more(self, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        own = {"logits": LlamaForCausalLM.forward, "embeddings": LlamaModel.forward}[more]
+
+        def logits(self: Any, **inputs: Any) -> Any:
+            output = own(self, **inputs)
+            output.logits = 2 * output.logits
+            return output
+
+        def embeddings(self: Any, input_ids: Any = None, **inputs: Any) -> Any:
+            inputs["inputs_embeds"] = 2 * self.embed_tokens(input_ids)
+            return own(self, **inputs)
+
+        if more == "logits":
+            monkeypatch.setattr(LlamaForCausalLM, "forward", logits)
+        else:
+            monkeypatch.setattr(LlamaModel, "forward", embeddings)
+        model = build()
+        assert stack_of(model).model is None
+        alike(said(model)[0].logits, said(plain(model))[0].logits)
+
+    def test_a_generation_asks_for_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, own, had = build(), ShortStack.logits, list[bool]()
+
+        def noted(self: ShortStack, *given: Any) -> Any:
+            result = own(self, *given)
+            had.append(result is not None)
+            return result
+
+        monkeypatch.setattr(ShortStack, "logits", noted)
+        asked = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+        expected = plain(model).generate(prompt(8), **asked)
+        with specdec.speculating(model, NgramDrafter(), FixedPolicy(4, 4, 1)):
+            had.clear()
+            assert model.generate(prompt(8), **asked).tolist() == expected.tolist()
+            assert had
+            assert all(had)
