@@ -39,6 +39,21 @@ def test_a_threads_helpers_end_and_come_again() -> None:
     assert shown.stdout.split() == ["2", "0", "1000000.0"]
 
 
+NUMBA = """
+import torch
+from specdec.kernels import linear_numba
+
+linear_numba.use_threads(torch.get_num_threads())
+print(torch.get_num_threads())
+"""
+
+
+def test_numba_leaves_torch_its_number_of_threads() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    shown = subprocess.run([sys.executable, "-c", NUMBA], capture_output=True, text=True, check=True, env=environment)
+    assert shown.stdout.split() == ["1"]
+
+
 def test_where_there_is_no_proc_nothing_happens(tmp_path: Path) -> None:
     openmp.release(tmp_path / "maps")
 

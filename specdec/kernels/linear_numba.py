@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numba import config, njit, prange, set_num_threads
 
 from specdec.kernels.tile_numba import OUTPUTS, ROWS, tile
@@ -57,8 +58,14 @@ def _threaded(x: Any, w: Any, y: Any, threads: int) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Let parallel kernels run in as many threads as torch does."""
+    """Let parallel kernels run in as many threads as torch does, and torch in as many as before.
+
+    Numba, when it first starts its threads, has OpenMP use all cores: and that is often torch's OpenMP too.
+    """
+    before = torch.get_num_threads()
     set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 def linear(x: np.ndarray, weight: np.ndarray, y: np.ndarray, threads: int) -> None:
