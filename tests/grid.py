@@ -192,12 +192,6 @@ def cells() -> list[Cell]:
     return list(itertools.product(LAYERS, ATTENTION, BATCHES, (False, True)))
 
 
-def quick(cell: Cell) -> bool:
-    """Whether a cell is one of the quarter in which every pair of its options still occurs."""
-    layers, attention, rows, sample = cell
-    return (list(LAYERS).index(layers) + 2 * list(ATTENTION).index(attention) + sample - rows) % len(BATCHES) == 0
-
-
 def asked(cell: Cell) -> list[Asked]:
     """Three in four processors, with stopping rules and choices: in rotation, all pairs occur over the cells."""
     number, (_, _, rows, sample) = cells().index(cell), cell

@@ -42,17 +42,7 @@ def test_the_grid_has_enough_cases_and_every_pair_of_options():
         assert (one, other) == (3, 6) or not never, never  # greedy or sampled, and how: one goes with the other
 
 
-def cell(each: grid.Cell) -> Any:
-    return pytest.param(each, id="-".join(map(str, each)), marks=[] if grid.quick(each) else pytest.mark.slow)
-
-
-def test_the_quick_cells_have_every_pair_of_options():
-    for one, other in itertools.combinations(range(4), 2):
-        pairs = [{(each[one], each[other]) for each in grid.cells() if kept(each)} for kept in (grid.quick, bool)]
-        assert pairs[0] == pairs[1]
-
-
-@pytest.mark.parametrize("cell", map(cell, grid.cells()))
+@pytest.mark.parametrize("cell", grid.cells(), ids=lambda cell: "-".join(map(str, cell)))
 def test_every_way_of_calling_generate_gives_what_plain_generate_gives(cell, monkeypatch):
     layers, attention, rows, _ = cell
     if rows % 2 == 0:
