@@ -30,7 +30,7 @@ def product(
     o = 0
     while o < outputs:
         some = OUTPUTS if rows > 1 and o + OUTPUTS <= outputs else 1
-        ahead = w + 4 * w_stride * (o + some)
+        ahead = w + 4 * w_stride * (o + OUTPUTS)
         n = 0
         for t in range(tiles):
             height = (rows - n + tiles - t - 1) // (tiles - t)
