@@ -11,6 +11,20 @@ from specdec.policies import FixedPolicy, ThresholdPolicy
 PLAIN, RIVAL = "plain", "assisted"
 AUTO = "auto"
 FIVE = (("num_assistant_tokens", 5), ("assistant_confidence_threshold", 0.0))
+# What is compared unless all is asked for; of them, those that there are at a temperature.
+USUAL = (
+    PLAIN,
+    RIVAL,
+    f"{RIVAL}, 5 guesses",
+    "chain, 4 nodes",
+    "threshold 0.6, head",
+    "auto policy, best-first",
+    "best-first, 6 nodes",
+    "best-first, 12 nodes",
+    "chain, 6 nodes",
+    "rsd-s 3 x 2, swor, 6 nodes",
+    "rsd-s 3 x 2, traversal, 6 nodes",
+)
 SHAPES = ((3, 2, (3, 1)), (4, 3, (4, 1, 1)))  # of trees: paths, depth, and branching of as many nodes
 
 
@@ -41,11 +55,16 @@ class Way:
     together: bool = False
 
 
-def ways(temperature: float) -> dict[str, Way]:
-    """All ways at a temperature; those whose names end alike in "nodes" verify as many nodes.
+def ways(temperature: float, every: bool = True) -> dict[str, Way]:
+    """The ways at a temperature, all or the usual; those whose names end alike in "nodes" verify as many nodes.
 
     Where tokens are sampled, "best-first" trees are judged by sample and match.
     """
+    found = _ways(temperature)
+    return {name: way for name, way in found.items() if every or name in USUAL}
+
+
+def _ways(temperature: float) -> dict[str, Way]:
     found = {PLAIN: Way(together=True), RIVAL: Way(assisted=()), f"{RIVAL}, 5 guesses": Way(assisted=FIVE)}
     if not temperature:
         found[f"{RIVAL}, own layers"] = Way(assisted=(), kernels=False)

@@ -6,7 +6,7 @@ Tokens per step are counted first, by answering all prompts at once: other load 
 prompts are timed, one at a time and in fours, by all methods one after the other, each time beginning with another, and
 all with our CPU kernels in target and draft, but for those that say "own layers". Speed is that of all tokens but the
 first, for four prompts at once that of all. Runs are kept beside the report: called again, it goes on, until each timed
-prompt has ``--repeats`` runs; ``--seconds`` ends it before. Ten minutes of two quiet cores are enough for SmolLM2-135M.
+prompt has ``--repeats`` runs; ``--seconds`` ends it before. The usual ways only, unless ``--all-ways``.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Turn:
     Attributes:
         rows: prompts at once, from the ``first`` on.
         timed: whether it is for its times: if not, for its counts alone.
+        every: whether all ways have a part in it, or the usual ones.
     """
 
     repeat: int
@@ -157,28 +158,29 @@ class Turn:
     rows: int
     temperature: float
     timed: bool = True
+    every: bool = True
 
     def __str__(self) -> str:
         return f"{'timed' if self.timed else 'counted'}/{self.repeat}/{self.temperature}/{self.rows}/{self.first}"
 
     def ways(self) -> dict[str, Way]:
         """Those that have a part in it: ours alone are counted, unless they hang on times, and few timed together."""
-        found = ways(self.temperature).items()
+        found = ways(self.temperature, self.every).items()
         if not self.timed:
             return {name: way for name, way in found if way.tree and way.policy != AUTO}
         return {name: way for name, way in found if self.rows == 1 or way.together}
 
 
-def turns(prompts: int, timed: int, repeats: int) -> Iterator[Turn]:
+def turns(prompts: int, timed: int, repeats: int, every: bool) -> Iterator[Turn]:
     """All prompts at once to count; then every timed one by itself and in fours; at every temperature."""
     for temperature in TEMPERATURES:
-        yield Turn(0, 0, prompts, temperature, timed=False)
+        yield Turn(0, 0, prompts, temperature, False, every)
     for repeat in range(repeats):
         for first in range(timed):
             for temperature in TEMPERATURES:
-                yield Turn(repeat, first, 1, temperature)
+                yield Turn(repeat, first, 1, temperature, True, every)
                 if first % TOGETHER == 0 and first + TOGETHER <= timed and temperature != 0.6:
-                    yield Turn(repeat, first, TOGETHER, temperature)
+                    yield Turn(repeat, first, TOGETHER, temperature, True, every)
 
 
 def take(bench: Bench, turn: Turn, ids: Sequence[Sequence[int]], warm: set[tuple[float, int]]) -> dict[str, Run]:
@@ -210,6 +212,7 @@ def main(
     timed: Annotated[int, typer.Option(min=0, help="How many of them are timed too; 0: counts alone.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Of an answer at most.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Of all that is timed.")] = 1,
+    all_ways: Annotated[bool, typer.Option("--all-ways", help="Not only the usual ones.")] = False,
     seconds: Annotated[float, typer.Option(help="After which no new turn begins.")] = 570.0,
     json_path: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/drafts.json"),
 ) -> None:
@@ -224,7 +227,7 @@ def main(
     done: dict[str, dict[str, Run]] = {turn: runs for turn, runs, _ in lines}
     disturbance.probes += [Probe(*probe) for *_, probe in lines if probe]
     warm = set[tuple[float, int]]()
-    every = list(turns(len(ids), min(timed, len(ids)), repeats))
+    every = list(turns(len(ids), min(timed, len(ids)), repeats, all_ways))
     for turn in every:
         if str(turn) in done or time.monotonic() - began > seconds:
             continue

@@ -176,7 +176,7 @@ def wrap(
     if not (isinstance(inner, GenerationMixin) or hasattr(inner, "peft_config")):
         raise TypeError(f"wrap: got {type(model).__name__}; give a transformers model with a generate method")
     if isinstance(drafter, str) and drafter.startswith((EXIT, DRAFT, LONGSPEC)):
-        drafter = make_drafter(drafter, inner)
+        drafter = make_drafter(drafter, inner, measured=isinstance(policy, str))
     parts = Speculate(drafter, policy, verifier, on_unsupported, namespace, trace)
     unwrap(model)
     inner.generate = Generate(inner, parts, vars(inner).get("generate"))

@@ -38,7 +38,6 @@ class ShortStack:
     """
 
     model: Any = None
-    _ends: tuple[Any, ...] = ()
     _known: tuple[Any, ...] = ()
 
     def __init__(self, owner: nn.Module, modules: nn.ModuleList) -> None:
@@ -80,7 +79,7 @@ class ShortStack:
         Args:
             mask, positions: as the model takes them.
         """
-        embed, rotary, norm, head = self._ends
+        embed, rotary, norm = (self.owner._modules[name] for name in ENDS)
         heard = (self.model, self.owner, embed, rotary, norm)
         if positions.ndim != 2 or any(each._forward_hooks or each._forward_pre_hooks for each in heard):
             return None
@@ -94,16 +93,16 @@ class ShortStack:
         turns = rotary(hidden, position_ids=positions)
         if not self.layers[0].can(hidden, mask, turns, cache):
             return None
-        said: torch.Tensor = head(norm(self._run(hidden, mask, turns, cache)))
+        said: torch.Tensor = self.model.get_output_embeddings()(norm(self._run(hidden, mask, turns, cache)))
         return said
 
     def lead(self, model: Any) -> bool:
         """Be asked for the ``logits`` of a causal LM, if it may be one for which they are right."""
-        parts = [self.owner._modules.get(name) for name in ENDS]
-        if model.base_model is not self.owner or None in parts or model.get_output_embeddings() is None:
+        ends = [*(self.owner._modules.get(name) for name in ENDS), model.get_output_embeddings()]
+        if model.base_model is not self.owner or None in ends:
             return False
         self.model = model
-        self._ends, self._known = (*parts, model.get_output_embeddings()), self._code()
+        self._known = self._code()
         return True
 
     def _code(self) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ class Speculate:
         trace: str | Path | Recorder | None = None,
     ) -> None:
         self._arguments = (drafter, policy, verifier, on_unsupported, namespace)
-        self.drafter = make_drafter(drafter)
+        self.drafter = make_drafter(drafter, measured=isinstance(policy, str))
         self.policy = _checked_policy(policy)
         self.verifier: PathwiseVerifier | TracedVerifier = _checked_verifier(verifier)
         if trace is not None:
@@ -272,11 +272,12 @@ def check(model: Any, config: GenerationConfig) -> None:
             raise Unsupported(reason)
 
 
-def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
+def make_drafter(drafter: Drafter | str, model: Any = None, measured: bool = False) -> Drafter:
     """The drafter itself, or the one a short name stands for.
 
     Args:
         model: the target, for drafters that are made of it.
+        measured: whether its policy measures what pays: then models are thrifty, and a trained draft guesses trees.
 
     Raises:
         ValueError: for an unknown name.
@@ -291,7 +292,7 @@ def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
     if drafter.startswith(CORPUS):
         return drafters.RetrievalDrafter(drafter.removeprefix(CORPUS))
     if drafter.startswith(SMALL):
-        return drafters.SmallModelDrafter.load(drafter.removeprefix(SMALL))
+        return drafters.SmallModelDrafter.load(drafter.removeprefix(SMALL), thrifty=measured)
     if drafter.startswith(EXIT):
         layers = drafter.removeprefix(EXIT)
         if model is None or not layers.isdecimal():
@@ -302,7 +303,9 @@ def make_drafter(drafter: Drafter | str, model: Any = None) -> Drafter:
             raise ValueError(f"drafter={drafter!r}: give wrap(model, drafter='{DRAFT}PATH'), which knows its target")
         from specdec.drafters import distilled
 
-        return distilled.drafter(Path(drafter.removeprefix(DRAFT)), model)
+        draft = distilled.drafter(Path(drafter.removeprefix(DRAFT)), model, tree="best-first" if measured else "chain")
+        draft.thrifty = measured
+        return draft
     if drafter.startswith(LONGSPEC):
         return drafters.LongSpecDrafter.load(drafter.removeprefix(LONGSPEC), model)
     names: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import drafts
 import pytest
-from draft_ways import PLAIN, RIVAL, ways
+from draft_ways import PLAIN, RIVAL, USUAL, ways
 from tables import drafts as tables
 
 from specdec.drafters import distilled
@@ -95,6 +95,14 @@ def test_a_greedy_answer_that_is_not_plain_s_has_no_speed(
     (tmp_path / "drafts.json").write_text(json.dumps(said))
     line = next(line for line in tables.drafts(tmp_path).splitlines() if line.startswith(f"| {RIVAL} |"))
     assert line.endswith("| tokens differ | - | - |")
+
+
+def test_the_usual_ways_are_some_of_all() -> None:
+    found = [set(drafts.ways(heat, every=False)) for heat in drafts.TEMPERATURES]
+    assert set().union(*found) == set(USUAL)
+    for heat, usual in zip(drafts.TEMPERATURES, found, strict=True):
+        assert {PLAIN, RIVAL, "auto policy, best-first"} < usual < set(ways(heat))
+    assert all(set(turn.ways()) <= set(USUAL) for turn in drafts.turns(4, 4, 1, every=False))
 
 
 def test_equal_node_budgets_are_kept() -> None:

@@ -56,6 +56,7 @@ def test_the_readme_shows_what_was_measured(written, tmp_path):
     assert "2.60x / 1.00" in row  # one prompt: no interval
     assert "2.30x (2.20-2.40) / 1.00" in text
     assert "tokens differ" in row
+    assert "| mean of the kinds, the least | 2.45x, 2.30x | - |" in text
     assert "token 2 is 4, plain generate has 3" in text
     assert "2.5% of the pass's 10.0 ms" in text
     assert "| workload | honest |" in figures.speeds.figures(tmp_path, ["honest"])

@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Comparison:
 
 
 def test_the_best_is_the_quickest_that_told_the_truth(made: Comparison) -> None:
-    code, sql = hindsight.figures(made)["hindsight"]
+    code, sql = hindsight.figures(made, made)["hindsight"]
     assert (code["best"], code["share"], code["prompts"]) == (BEST, 0.8, 2)
     assert (code["speeds"][AUTO], code["speeds"][BEST]) == (2.0, 2.5)
     assert LIAR not in code["speeds"]
@@ -52,19 +52,30 @@ def test_the_best_is_the_quickest_that_told_the_truth(made: Comparison) -> None:
 
 
 def test_that_nothing_is_drafted_may_be_the_best(made: Comparison) -> None:
-    assert hindsight.figures(made)["hindsight"][1]["best"] == PLAIN
+    assert hindsight.figures(made, made)["hindsight"][1]["best"] == PLAIN
 
 
 def test_where_the_policys_own_tokens_differ_nothing_is_told(made: Comparison) -> None:
     made.differences.append(replace(made.differences[0], method=AUTO))
-    assert hindsight.compared(made, "code") == {"workload": "code", "prompts": 2, "equal": False}
+    told: dict[str, Any] = {"workload": "code", "prompts": 2, "best": BEST, "equal": False}
+    assert hindsight.compared(made, made, "code", BEST) == told
+
+
+def test_how_far_they_are_apart_is_told_by_other_runs_than_those_it_was_chosen_by(made: Comparison) -> None:
+    again = Comparison(made.model, ASKS, (PLAIN, AUTO, BEST), 3)
+    again.runs = {key: list(runs) for key, runs in made.runs.items()}
+    for prompt in (0, 1):
+        (only,) = again.runs[BEST, prompt]
+        again.runs[BEST, prompt] = [replace(only, decode=2 * only.decode)]
+    code, _ = hindsight.figures(made, again)["hindsight"]
+    assert (code["best"], code["share"], code["speeds"][BEST], code["again"][BEST]) == (BEST, 1.6, 2.5, 1.25)
 
 
 def test_the_table_shows_what_was_measured(made: Comparison, tmp_path: Path) -> None:
     facts = {"model": "m", "parameters": 1, "dtype": "d", "attention": "a", "device": "c", "threads": 1}
     report: dict[str, Any] = {"machine": facts | {"torch": "1", "transformers": "2"}, "max_new_tokens": 3}
-    report |= hindsight.figures(made)
-    report["hindsight"].append({"workload": "chat", "prompts": 1, "equal": False})
+    report |= hindsight.figures(made, made)
+    report["hindsight"].append({"workload": "chat", "prompts": 1, "best": PLAIN, "equal": False})
     assert tables.hindsight(tmp_path) == "not measured yet"
     (tmp_path / "some.json").write_text(json.dumps(report))
     text = tables.hindsight(tmp_path)
@@ -99,9 +110,11 @@ def test_on_a_model_it_runs_every_choice_and_goes_on_where_it_was_stopped(
     monkeypatch.setattr(Comparison, "_turn", lambda *rest: (turn(*rest), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         hindsight.main(str(tmp_path / "model"), max_new_tokens=8, json_path=out)
-    monkeypatch.setattr(Comparison, "_turn", None)  # everything has been measured
+    turns = list[int]()
+    monkeypatch.setattr(Comparison, "_turn", lambda *rest: (turns.append(1), turn(*rest)))
     hindsight.main(str(tmp_path / "model"), max_new_tokens=8, json_path=out)
     (row,) = json.loads(out.read_text())["hindsight"]
     assert row["equal"]
     assert set(row["speeds"]) == {PLAIN, AUTO, *grid}
     assert row["share"] > 0
+    assert len(turns) == 1  # the best one's; what was measured before is kept

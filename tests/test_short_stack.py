@@ -363,6 +363,11 @@ class TestStraight:
         assert stack_of(other).model is other
         assert torch.equal(said(other, straight=True)[0], said(other)[0].logits)
 
+    def test_are_those_of_other_embeddings(self) -> None:
+        model = build()
+        model.resize_token_embeddings(model.config.vocab_size + 7)
+        assert torch.equal(said(model, straight=True)[0], said(model)[0].logits)
+
     @pytest.mark.parametrize("visible", [True, False])
     def test_of_a_token_behind_padding_are_not_had(self, visible: bool) -> None:
         model = build()

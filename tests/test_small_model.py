@@ -510,6 +510,47 @@ class TestThrift:
         assert levels_of(1e-6) == whole
         assert levels_of(1.0) == [whole[0], 1, 1]
 
+    @pytest.mark.parametrize("tree", KINDS)
+    def test_output_is_plain_generates_whatever_the_clock_says(self, target: Any, rough: Any, tree: str) -> None:
+        times = itertools.accumulate(itertools.cycle([0.0, 1e-9, 1e-4, 3.0]))
+        drafter = small(rough, tree, thrifty=True, clock=lambda: next(times))
+        for sample in (False, True):
+            result = same(target, {"input_ids": prompt()}, drafter=drafter, max_new_tokens=30, do_sample=sample)
+            assert result.stats.accepted > 0
+
+    @pytest.mark.parametrize("tree", SAMPLED)
+    def test_law_is_the_targets_whatever_the_clock_says(self, tree: str) -> None:
+        times = itertools.accumulate(itertools.cycle([0.0, 1e-9, 1e-4, 3.0]))
+        drafter = small(
+            blurred(sampling.model(), 0.3), tree, branching=(2, 2), width=3, thrifty=True, clock=lambda: next(times)
+        )
+        assert TestLaw.sampled(drafter, 100, FixedPolicy(8, 2, 4)) > 0.01
+
+    def test_a_name_beside_the_policy_that_measures_is_thrifty(self, target: Any, tmp_path: Any) -> None:
+        target.save_pretrained(tmp_path)
+        for policy, thrifty in (("auto", True), (FixedPolicy(4, 4, 4), False)):
+            made = specdec.Speculate(f"small:{tmp_path}", policy).drafter
+            assert isinstance(made, SmallModelDrafter)
+            assert made.thrifty == thrifty
+
+    def test_a_pass_straight_through_quick_layers_says_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drafter, seen, straight = small(tiny.model(), "best-first", cpu_kernels=True), list[bool](), Rows._straight
+
+        def spied(*arguments: Any) -> Any:
+            said = straight(*arguments)
+            seen.append(said is not None)
+            return said
+
+        monkeypatch.setattr(Rows, "_straight", spied)
+        [made] = drafter.draft([Context([5, 6, 7])], [BUDGET])
+        assert len(seen) > 1
+        assert all(seen)
+        monkeypatch.setattr(model_rows, "SHORT", 0)
+        drafter.reset()
+        [wanted] = drafter.draft([Context([5, 6, 7])], [BUDGET])
+        assert made.tokens.tolist() == wanted.tokens.tolist()
+        np.testing.assert_allclose(made.probability, wanted.probability, rtol=1e-4)
+
     @pytest.mark.parametrize("tree", ["chain", "beam", "best-first"])
     def test_nothing_is_fed_that_is_less_likely_than_the_least(self, rough: Any, tree: str) -> None:
         """So a draft that is unsure costs one pass more than there are levels worth verifying."""

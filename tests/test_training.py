@@ -296,7 +296,12 @@ class TestFiles:
         assert name(target) == "Target"
         for kind, expected in (("layers", SmallModelDrafter), ("feature", FeatureDrafter)):
             with specdec.speculating(target, f"draft:{trained[kind][2]}", cpu_kernels=False):
-                assert type(target.generate.speculate.drafter) is expected
+                made = target.generate.speculate.drafter
+                assert type(made) is expected
+                assert (made.tree, made.thrifty) == ("best-first", True)
+            with specdec.speculating(target, f"draft:{trained[kind][2]}", FixedPolicy(4, 4, 1), cpu_kernels=False):
+                made = target.generate.speculate.drafter
+                assert (made.tree, made.thrifty) == ("chain", False)
         with pytest.raises(ValueError, match="which knows its target"):
             specdec.Speculate("draft:x")
         with pytest.raises(FileNotFoundError, match="no file nowhere"):

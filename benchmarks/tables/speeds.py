@@ -62,7 +62,16 @@ def _table(results: Sequence[Report], methods: Sequence[str]) -> str:
     names = [name for name in names if name not in ("plain", results[0]["baseline"])]
     cells = {(r["workload"], r["method"]): _cell(r) for r in results}
     rows = [[workload, *(cells[workload, name] for name in names)] for workload in dict.fromkeys(w for w, _ in cells)]
+    if len(rows) > 2:
+        kinds = [[r for r in results if r["method"] == name and r["workload"] != "all"] for name in names]
+        rows.append(["mean of the kinds, the least", *map(_mean, kinds)])
     return table(["workload", *names], rows)
+
+
+def _mean(kinds: Sequence[Report]) -> str:
+    """The mean of the speeds on all kinds of work, and the lowest of them; nothing where one has none."""
+    speeds = [r["speedup"] for r in kinds if r["equal"] and r["speedup"] is not None]
+    return f"{statistics.mean(speeds):.2f}x, {min(speeds):.2f}x" if len(speeds) == len(kinds) else "-"
 
 
 def _cell(r: Report) -> str:

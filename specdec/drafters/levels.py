@@ -144,7 +144,7 @@ def _add(found: Iterable[Candidate], paths: list[float], parents: list[int], tok
 def _successors(read: Read, start: int, paths: Sequence[float], k: int, least: float) -> list[Candidate]:
     """The ``k`` likeliest tokens after each node from ``start`` on whose paths are likely enough, best first."""
     best = topk(read.logits, min(k, read.logits.shape[1]))
-    chances = (read.logits.gather(1, best) - read.logits.logsumexp(-1, keepdim=True)).exp().clamp(max=1).tolist()
+    chances = read.logits.softmax(-1).gather(1, best).tolist()
     tokens = best.tolist() if read.ids is None else read.ids[best.cpu().numpy()].tolist()
     rows = zip(paths, chances, tokens, strict=True)
     found = [

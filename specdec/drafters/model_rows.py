@@ -20,9 +20,11 @@ from specdec.drafters.acceptance_head import AcceptanceHead
 from specdec.drafters.trimmed_head import TrimmedHead, kept_only
 from specdec.masks import Reach, additive
 from specdec.model import Form, Pass, reaches
+from specdec.short_stack import ShortStack
 from specdec.streaming_cache import StreamingCache
 from specdec.trees.sampling import Level
 
+SHORT = 64  # nodes of all rows up to which a pass may go straight through a model's quick layers
 PIECE = 512  # tokens of a text that one pass reads at most, so that its mask stays small
 SINKS = 4  # first tokens that are held whatever the window
 NO_TREE = Level(np.zeros(1, np.int64), np.array([-1]), 0)
@@ -118,6 +120,7 @@ class Rows:
 
     Attributes:
         texts: one per row.
+        device: where the module is.
         ids: tokens that logits are of; None where the module's head says all.
     """
 
@@ -125,6 +128,7 @@ class Rows:
         self, module: Any, form: Form, n: int = 1, head: AcceptanceHead | None = None, window: int | None = None
     ) -> None:
         self.module, self.form, self.head, self.window = module, form, head, window
+        self.device: torch.device = module.device  # to ask it takes a while
         self.takes_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
         self.config = module.config.get_text_config(decoder=True)
         says = module.get_output_embeddings()
@@ -193,26 +197,45 @@ class Rows:
         tokens, positions = np.zeros((2, len(new), max(lengths)), np.int64)
         for row, nodes in enumerate(new):
             tokens[row, : lengths[row]], positions[row, : lengths[row]] = nodes.tokens, nodes.positions
-        device = self.module.device
-        inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        mask, options = self._mask(new, slots, max(lengths)), dict[str, int]()
-        if self.takes_last:
-            options["logits_to_keep"] = last
+        ids, places = torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device)
+        with nullcontext() if self.ids is None else kept_only():
+            said = None if hidden or tokens.size > SHORT else self._straight(ids, places, new, slots)
+            if said is None:
+                after = self._own_pass(ids, places, self._mask(new, slots, max(lengths)), last, hidden)
+            else:
+                after = Pass(said[:, -last:].float())
+        self.cache.keep(slots, [range(length) for length in lengths])
+        return after
+
+    def _straight(self, ids: Tensor, positions: Tensor, new: Sequence[Nodes], slots: Sequence[int]) -> Tensor | None:
+        """Logits of all nodes without what transformers does around the layers, where they can be had so."""
+        stack = vars(self.module.base_model).get("forward")
+        if not isinstance(stack, ShortStack) or stack.model is not self.module or self.form.per_type:
+            return None
+        width = ids.shape[1]
+        return stack.logits(ids, self._mask(new, slots, width, always=width > 1), positions, self.cache)
+
+    def _own_pass(self, ids: Tensor, positions: Tensor, mask: Any, last: int, hidden: bool) -> Pass:
+        """The module's own."""
+        options: dict[str, Any] = {"logits_to_keep": last} if self.takes_last else {}
         if hidden:
             options["output_hidden_states"] = True
         ours = mask is not None and self.form.attention != "own"
-        few = nullcontext() if self.ids is None else kept_only()
-        with switched(self.config) if ours else nullcontext(), few:
+        with switched(self.config) if ours else nullcontext():
             outputs = self.module(
-                **inputs, **options, attention_mask=mask, past_key_values=self.cache, use_cache=True, return_dict=True
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
             )
-        self.cache.keep(slots, [range(length) for length in lengths])
         return Pass(outputs.logits[:, -last:].float(), outputs.hidden_states[-1][:, -last:] if hidden else None)
 
-    def _mask(self, new: Sequence[Nodes], slots: Sequence[int], width: int) -> Any:
-        """Who sees which slots, in the form that the module takes; None where its own causal mask says so too."""
-        if len(set(slots)) == 1 and all(nodes.causal and len(nodes.tokens) == width for nodes in new):
+    def _mask(self, new: Sequence[Nodes], slots: Sequence[int], width: int, always: bool = False) -> Any:
+        """Who sees which slots, in the module's form; None where a causal mask says so too, unless ``always``."""
+        if not always and len(set(slots)) == 1 and all(nodes.causal and len(nodes.tokens) == width for nodes in new):
             return None
         known = reaches(self.config)
         assert known is not None, "a module at tree level has only layer types that are known"
@@ -230,7 +253,7 @@ class Rows:
             mask[row, 0, :n, :end] &= _within(nodes.positions[:, None], places, reach)
             spare = np.arange(n, width)
             mask[row, 0, spare, slots[row] - dropped + spare] = True  # what fills a row up sees itself
-        allowed = torch.from_numpy(mask).to(self.module.device)
+        allowed = torch.from_numpy(mask).to(self.device)
         return additive(allowed, self.module.dtype) if self.form.additive else allowed
 
     def join(self, other: Rows) -> None:
