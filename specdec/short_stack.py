@@ -79,7 +79,7 @@ class ShortStack:
         Args:
             mask, positions: as the model takes them.
         """
-        embed, rotary, norm = (self.owner._modules[name] for name in ENDS)
+        embed, rotary, norm = (self.owner.get_submodule(name) for name in ENDS)
         heard = (self.model, self.owner, embed, rotary, norm)
         if positions.ndim != 2 or any(each._forward_hooks or each._forward_pre_hooks for each in heard):
             return None
