@@ -534,7 +534,11 @@ class TestThrift:
             assert made.thrifty == thrifty
 
     def test_a_pass_straight_through_quick_layers_says_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        drafter, seen, straight = small(tiny.model(), "best-first", cpu_kernels=True), list[bool](), Rows._straight
+        drafter, seen, straight = (
+            small(tiny.model(head_dim=16), "best-first", cpu_kernels=True),
+            list[bool](),
+            Rows._straight,
+        )
 
         def spied(*arguments: Any) -> Any:
             said = straight(*arguments)
