@@ -548,7 +548,7 @@ class TestThrift:
         monkeypatch.setattr(Rows, "_straight", spied)
         [made] = drafter.draft([Context([5, 6, 7])], [BUDGET])
         assert len(seen) > 1
-        assert all(seen)
+        assert all(seen[1:])  # the first pass fills an empty cache
         monkeypatch.setattr(model_rows, "SHORT", 0)
         drafter.reset()
         [wanted] = drafter.draft([Context([5, 6, 7])], [BUDGET])
