@@ -25,7 +25,10 @@ import needle
 import numpy as np
 import torch
 from cost import held
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import specdec
 from specdec import cpu, demo
@@ -33,7 +36,14 @@ from specdec.attach import attach
 from specdec.bench.machine import machine
 from specdec.cache import SlotCache
 from specdec.core import Budget, Context, DraftTree
-from specdec.drafters import LongSpecDrafter, MergedDrafter, NgramDrafter, SmallModelDrafter, TriForceDrafter
+from specdec.drafters import (
+    LongSpecDrafter,
+    MergedDrafter,
+    NgramDrafter,
+    RapidDrafter,
+    SmallModelDrafter,
+    TriForceDrafter,
+)
 from specdec.drafters.longspec_layer import LongSpecLayer
 from specdec.drafters.middle import Middle, narrowed
 from specdec.model import Form, Model
@@ -122,6 +132,7 @@ def memory(model: Any, context: int) -> list[dict[str, Any]]:
         "small model": SmallModelDrafter(model, cpu_kernels=False),
         "small model, window": SmallModelDrafter(model, window=WINDOW, cpu_kernels=False),
         "LongSpec": LongSpecDrafter(LongSpecLayer.of(model, WINDOW), cpu_kernels=False),
+        "RAPID": RapidDrafter(model, words(model.config.vocab_size), budget=BUDGET, cpu_kernels=False),
     }
     for name, drafter in drafters.items():
         text = Context(tokens)
@@ -132,9 +143,16 @@ def memory(model: Any, context: int) -> list[dict[str, Any]]:
     return [{"context": context, "drafter": name, "bytes": size} for name, size in found.items()]
 
 
+def words(count: int) -> Any:
+    """A tokenizer of a text whose words are the numbers of its tokens."""
+    spelling = Tokenizer(WordLevel({str(i): i for i in range(count)}, unk_token="0"))
+    spelling.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=spelling)
+
+
 def _rows(text: Context) -> int:
     """Bytes of the rows that a drafter holds for a text."""
-    (kept,) = text.scratch.values()
+    (kept,) = (part for part in text.scratch.values() if not isinstance(part, np.ndarray))  # a shortened prompt
     return int(kept.bytes if hasattr(kept, "bytes") else kept.rows.cache.bytes)
 
 

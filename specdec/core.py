@@ -28,7 +28,7 @@ class DraftTree:
     """Guessed continuations of one sequence, flattened parents-first.
 
     Node 0 is the root: the last committed token, known and not guessed. Every other node guesses the token that
-    follows its parent's path, so two children of one parent never carry the same token.
+    follows its parent's path, so two children of one parent never carry the same token, but for independent draws.
 
     Attributes:
         tokens: token id of each node; ``tokens[0]`` is the last committed token.
@@ -189,6 +189,9 @@ class Drafter(Protocol):
 
     One that reads the target itself has ``bind(target, contexts)`` too, called before a generation's first draft, which
     says why it cannot, or ""; see ``TriForceDrafter``.
+
+    One that guesses from texts and verdicts alone, on the host, and draws no guess by chance, may say ``ahead = True``:
+    then on a GPU it may be asked during a pass, for more than the next step verifies; see ``Ahead``.
 
     Attributes:
         name: what ``stats`` calls it.

@@ -22,7 +22,7 @@ SURPRISE = 0.4  # log ratio beyond which a pass is taken to have been disturbed
 DOUBT = 0.2  # by how much a single pass may mislead, as a share of its time
 LEAST_RISE = 0.25  # of what a token adds on average, up to passes over so many: what it is taken to add at least
 WIDE = 32
-KIND, VERSION = "costs", 1
+KIND, VERSION = "costs", 2
 SAVED_FOR = 60.0  # seconds that a saved state is fresh enough
 
 
@@ -42,6 +42,7 @@ class Costs:
         seconds: of passes over a short text by tokens fed; straight lines are drawn between and beyond them.
         read: seconds to read one token's keys and values.
         attend: seconds for one node to attend to one token.
+        spare: how much longer the model's own step takes in plain ``generate``, as a share of our pass over one token.
 
     Attributes:
         curve: seconds by tokens fed, from 1 to ``LARGEST``; moved by ``learn``.
@@ -53,7 +54,9 @@ class Costs:
     path: Path | None = None
     saved = 0.0
 
-    def __init__(self, seconds: Mapping[int, float], read: float = 0.0, attend: float = 0.0) -> None:
+    def __init__(
+        self, seconds: Mapping[int, float], read: float = 0.0, attend: float = 0.0, spare: float = 0.0
+    ) -> None:
         sizes = np.array(sorted(seconds))
         times = np.minimum.accumulate([seconds[n] for n in sorted(seconds, reverse=True)])[::-1]
         sound = np.append(times[:-1] < times[1:], True)
@@ -63,7 +66,7 @@ class Costs:
         self.curve = np.interp(fed, sizes, times) + slope * np.maximum(0, fed - sizes[-1])
         self.rise = _least_rise(self.curve)
         self.seen = np.full(LARGEST, MEASURED)
-        self.read, self.attend = read, attend
+        self.read, self.attend, self.spare = read, attend, spare
 
     def times(self, nodes: int, context: int, rows: int = 1) -> Float[np.ndarray, " sizes"]:
         """Seconds of passes over 1, 2, ... ``nodes`` nodes per row, roots included; none larger than ``LARGEST``."""
@@ -98,7 +101,7 @@ class Costs:
     def save(self, path: Path) -> None:
         """Write it to ``path``, and from now on ``keep`` it there. Raises OSError where that cannot be written."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"read": self.read, "attend": self.attend}
+        facts = {"read": self.read, "attend": self.attend, "spare": self.spare}
         storage.write(path, KIND, VERSION, {"curve": self.curve}, facts)
         self.path, self.saved = path, time.monotonic()
 
@@ -113,11 +116,16 @@ class Costs:
         """What ``save`` wrote. Raises FileNotFoundError, or ValueError where the file is not that or damaged."""
         arrays, facts = storage.read(path, KIND, VERSION)
         try:
-            costs = cls({1: 1.0}, float(facts["read"]), float(facts["attend"]))
+            costs = cls({1: 1.0}, *(float(facts[name]) for name in ("read", "attend", "spare")))
             costs.curve = arrays["curve"].astype(np.float64)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not say what passes cost: {error!r}") from error
-        if costs.curve.shape != (LARGEST,) or not (costs.times(LARGEST, LARGEST) > 0).all() or costs.read < 0:
+        if (
+            costs.curve.shape != (LARGEST,)
+            or not (costs.times(LARGEST, LARGEST) > 0).all()
+            or costs.read < 0
+            or costs.spare < 0
+        ):
             raise ValueError(f"{path} says that passes cost nothing")
         costs.rise = _least_rise(costs.curve)
         costs.path, costs.saved = path, time.monotonic()

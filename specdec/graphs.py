@@ -120,12 +120,16 @@ class GraphedPass:
         Raises:
             ValueError: a tree is wider than the widest recording, or there is not one tree per row.
         """
+        return self.launch(batch, lengths)()
+
+    def launch(self, batch: Sequence[DraftTree], lengths: Sequence[int]) -> Callable[[], Judged]:
+        """Start what a call does; what is returned waits for it, and is to be called before the next start."""
         width = self.prepare(batch, lengths)
         host, fed, recording = self._recordings[width]
         _fill(host.numpy(), batch, lengths)
         fed.copy_(host, non_blocking=True)
         recording.replay()
-        return _judged(recording.out.to("cpu", copy=True).numpy(), width)
+        return lambda: _judged(recording.out.to("cpu", copy=True).numpy(), width)
 
     def prepare(self, batch: Sequence[DraftTree], lengths: Sequence[int]) -> int:
         """Make the recording for such trees, if there is none; its width. Raises as a call does."""

@@ -55,7 +55,8 @@ class GuardedDrafter:
             self.stats.fault(self.name, f"returned a {type(tree).__name__} where a DraftTree was due")
             return root
         last, size = int(root.tokens[0]), ANY_SIZE
-        fault = trees.fault(tree.tokens, tree.parents, tree.probability, last, self.vocab, size, size, size)
+        sizes, twins = (self.vocab, size, size, size), tree.law == "iid"
+        fault = trees.fault(tree.tokens, tree.parents, tree.probability, last, *sizes, twins)
         if fault := fault or _unlabelled(tree):
             self.stats.fault(self.name, fault)
             return root

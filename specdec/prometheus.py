@@ -28,6 +28,8 @@ def exposition(stats: Stats) -> str:
         _counter("depth_accepted_steps", "Steps that accepted this deep.", deep_kept, "depth"),
         _counter("reused_tokens", "Tokens of prompts whose KV rows were kept from earlier texts.", stats.reused_tokens),
         _counter("judged_trees", "Trees, by the rule that verified them.", dict(stats.by_rule), "rule"),
+        _counter("drafts_ahead", "Drafts made during a pass, for the step after it.", stats.drafts_ahead),
+        _counter("drafts_ahead_used", "Drafts of those that a step used.", stats.drafts_ahead_used),
         _counter("seconds", "Wall time by part.", stats.seconds, "part"),
         _counter("faults", "Guesses thrown away because a drafter failed.", stats.fault_count),
     ]

@@ -61,54 +61,76 @@ class RetrievalLayer(SlotLayer):
         return self.full._keys[row, :, start:end].to(device), self.full._values[row, :, start:end].to(device)
 
 
+class WindowLayer(SlotLayer):
+    """One text's rows in a layer with a sliding window: all that it looks back to, which is little already.
+
+    Args:
+        full: the layer that holds them; nothing of it is changed.
+        row: which of its rows.
+        padding: slots at its beginning that hold no text.
+    """
+
+    def __init__(self, full: SlotLayer, row: int = 0, padding: int = 0) -> None:
+        super().__init__(full.window)
+        self.full, self.row, self.padding = full, row, padding
+
+    def follow(self) -> None:
+        """Forget what was guessed, and hold what is in reach of the next token."""
+        first, keys, values = self.full.rows(self.row)
+        hidden = max(0, self.padding - first)
+        self.adopt(keys[:, :, hidden:], values[:, :, hidden:], self.full.lengths[self.row])
+
+
 class RetrievalCache(SlotCache):
     """A small cache beside a full one: the first chunk of a text, and those that a query scores highest.
 
     What it holds is exactly what the full cache holds of the same tokens: a pass over it is full attention with the
-    other tokens masked, head by head. With a budget for all of the text it is full attention. Nothing is held until
-    ``rebuild``; after that, ``follow`` brings in what has been committed, and drafts may be written behind it.
+    other tokens masked, head by head. With a budget for all of the text it is full attention. Layers with sliding
+    windows hold those. Nothing is held until ``rebuild``; after that, ``follow`` brings in what has been committed, and
+    drafts may be written behind it.
 
     TriForce (Sun et al. 2024, arXiv 2404.11912), whose keys are rotated to their own place too. There the oldest
     retrieved chunks make room for new tokens; here new tokens come on top, until the cache is rebuilt.
 
     Args:
-        full: the cache of all tokens; its layers look back without limit.
+        full: the cache of all tokens; some of its layers look back without limit.
         row: which of its rows.
         padding: slots at its beginning that hold no text.
         budget: tokens held in every head, those since the last ``rebuild`` not among them.
         chunk: tokens that are chosen or not together.
 
     Raises:
-        ValueError: a budget of less than two chunks, or a cache with windows.
+        ValueError: a budget of less than two chunks, or a cache of windows alone.
     """
 
     def __init__(self, full: SlotCache, row: int = 0, padding: int = 0, budget: int = 4096, chunk: int = 8) -> None:
         if chunk < 1 or budget < 2 * chunk:
             raise ValueError(f"budget={budget}, chunk={chunk}: give room for two chunks at least")
-        if any(layer.window is not None for layer in full.slots):
-            raise ValueError("a layer with a sliding window has nothing to retrieve")
+        if full.slots and all(layer.window is not None for layer in full.slots):
+            raise ValueError("layers with sliding windows have nothing to retrieve")
         self.budget, self.chunk = budget, chunk
-        layers: list[CacheLayerMixin] = [
-            RetrievalLayer(layer, row, padding) if isinstance(layer, SlotLayer) else layer for layer in full.layers
-        ]
-        super().__init__(layers=layers)
-
-    @property
-    def retrieved(self) -> list[RetrievalLayer]:
-        """The layers that hold rows."""
-        return [layer for layer in self.layers if isinstance(layer, RetrievalLayer)]
+        super().__init__(layers=[_beside(layer, row, padding) for layer in full.layers])
 
     def rebuild(self, queries: dict[int, Float[Tensor, "1 heads nodes dim"]]) -> None:
         """Choose anew what to hold, by the last node's ``queries`` in each layer."""
         for number, layer in enumerate(self.layers):
             if isinstance(layer, RetrievalLayer) and layer.full.is_initialized:
                 layer.rebuild(queries[number][0, :, -1], self.budget, self.chunk)
+            elif isinstance(layer, WindowLayer) and layer.full.is_initialized:
+                layer.follow()
 
     def follow(self) -> None:
         """Forget what was guessed, and copy the rows of what has been committed since."""
-        for layer in self.retrieved:
-            if layer.is_initialized:
+        for layer in self.layers:
+            if isinstance(layer, RetrievalLayer | WindowLayer) and layer.is_initialized:
                 layer.follow()
+
+
+def _beside(layer: CacheLayerMixin, row: int, padding: int) -> CacheLayerMixin:
+    """What stands beside a layer of the full cache; itself where it holds no rows."""
+    if not isinstance(layer, SlotLayer):
+        return layer
+    return (RetrievalLayer if layer.window is None else WindowLayer)(layer, row, padding)
 
 
 def select(

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.ahead import Ahead, useful
 from specdec.attach import Attachment, attach
 from specdec.attention import TURN
 from specdec.compiled import load_compiled
@@ -175,6 +176,10 @@ class Speculate:
         self.stats.generations += 1
         verifier = self.verifier.begin(target, sampler, stats, drafter.topk, drafter.hidden)
         self.stats.sources = stats.sources
+        asked: Drafter = drafter
+        if useful(self.drafter, logits.device) and hasattr(verifier, "meanwhile"):
+            asked = ahead = Ahead(drafter, stats)
+            verifier.meanwhile = ahead.meanwhile
         contexts, padding = self._contexts(input_ids, target)
         choice = Choice(logits.shape[-1], sampler.sample and self._weighs, sampler.foreseeing)
         for context in contexts:
@@ -190,7 +195,7 @@ class Speculate:
             context.extend(verdict)
             stats.observe(verdict)
         limit = room(target.config, sampler.max_length, contexts, padding, earlier)
-        Decoder(drafter, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
+        Decoder(asked, verifier, policy, stats, limit).run(contexts, lambda: sampler.finished)
 
     @property
     def _weighs(self) -> bool:

@@ -26,6 +26,8 @@ REPORTED = (
     "acceptance_by_depth",
     "by_drafter",
     "by_rule",
+    "drafts_ahead",
+    "drafts_ahead_used",
     "reused_tokens",
     "seconds",
     "level",
@@ -51,8 +53,11 @@ class Stats:
         by_drafter: name -> {"drafted", "accepted"}.
         drafted_at_depth, accepted_at_depth: depth, from 1 -> steps that guessed, and that accepted, that deep.
         by_rule: rule of verification -> trees judged by it; "match" is sample and match. Prompts count as empty trees.
+        drafts_ahead: times that the drafter was asked while the device was at a pass, for the step after it; a batch's
+            rows together count once. ``drafts_ahead_used``: those of which that step's trees were taken.
         seconds: wall time by part: prefill, draft, verify (the target's passes), walk (choice and stopping rules),
-            cache (moving kept KV rows). On a GPU, time not yet waited for shows where the host next waits.
+            cache (moving kept KV rows). On a GPU, time not yet waited for shows where the host next waits: drafts ahead
+            are taken out of verify.
         level: "tree", "chain" or "plain": what the model's self-test allows; None before it.
         reasons: why a lower level, or plain ``generate``, was used; each said once.
         faults: what drafters did wrong, the last hundred; ``fault_count`` counts all.
@@ -78,6 +83,7 @@ class Stats:
         self.seconds = dict.fromkeys(SECONDS, 0.0)
         self.by_drafter: dict[str, dict[str, int]] = {}
         self.by_rule: Counter[str] = Counter()
+        self.drafts_ahead = self.drafts_ahead_used = 0
         self.reused_tokens = 0
         self.faults: list[str] = []
         self.fault_count = 0
@@ -146,6 +152,13 @@ class Stats:
         self.reused_tokens += tokens
         if self.parent is not None:
             self.parent.reuse(tokens)
+
+    def ahead(self, drafted: bool = False, used: bool = False) -> None:
+        """Count a draft that was made during a pass, or the use of one."""
+        self.drafts_ahead += drafted
+        self.drafts_ahead_used += used
+        if self.parent is not None:
+            self.parent.ahead(drafted, used)
 
     def judge(self, rule: str, trees: int = 1) -> None:
         """Count trees that a rule of verification has judged."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.cache import GROWTH, SlotCache, SlotLayer
 
@@ -19,10 +20,11 @@ class StreamingLayer(SlotLayer):
 
     Args:
         sinks, recent, slack: see ``StreamingCache``.
+        window: of a layer that looks back no further anyway; None for others.
     """
 
-    def __init__(self, sinks: int, recent: int, slack: int) -> None:
-        super().__init__()
+    def __init__(self, sinks: int, recent: int, slack: int, window: int | None = None) -> None:
+        super().__init__(window)
         self.sinks, self.recent, self.slack = sinks, recent, slack
 
     def update(
@@ -71,7 +73,7 @@ class StreamingLayer(SlotLayer):
 
 
 class StreamingCache(SlotCache):
-    """Attention sinks and a recent window: a cache for any model of full-attention layers, without left padding.
+    """Attention sinks and a recent window: a cache for texts without left padding.
 
     It serves plain ``generate`` (``past_key_values=StreamingCache()``) and a ``Model`` alike. What it holds after
     ``keep`` depends on what was kept alone: a rejected draft leaves no trace, and costs no token of the window. Feed
@@ -87,12 +89,26 @@ class StreamingCache(SlotCache):
         recent: newest tokens held at least.
         slack: how many more may be held before the oldest are dropped, all at once; as many as a draft has nodes, at
             least, if levels of a tree are fed one by one.
+        config: of a model some of whose layers do not look back without limit: those with windows hold their windows,
+            and those with recurrent states are as in any cache, so that only plain ``generate`` can use it then. None
+            for a model of full-attention layers.
 
     Raises:
         ValueError: no recent token, or negative numbers.
     """
 
-    def __init__(self, sinks: int = 4, recent: int = 508, slack: int = 64) -> None:
+    def __init__(self, sinks: int = 4, recent: int = 508, slack: int = 64, config: Any = None) -> None:
         if sinks < 0 or recent < 1 or slack < 0:
             raise ValueError(f"sinks={sinks}, recent={recent}, slack={slack}: give at least 0, 1 and 0")
-        super().__init__(layer_class_to_replicate=partial(StreamingLayer, sinks, recent, slack))
+        full = partial(StreamingLayer, sinks, recent, slack)
+        if config is None:
+            super().__init__(layer_class_to_replicate=full)
+        else:
+            super().__init__(layers=[_instead(layer, full, slack) for layer in DynamicCache(config=config).layers])
+
+
+def _instead(layer: CacheLayerMixin, full: Callable[[], StreamingLayer], slack: int) -> CacheLayerMixin:
+    """What takes the place of a layer of transformers' own cache."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return StreamingLayer(0, layer.sliding_window, slack, layer.sliding_window)
+    return full() if type(layer) is DynamicLayer else layer

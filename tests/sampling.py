@@ -17,12 +17,25 @@ from specdec.verifiers import rules
 from . import tiny
 
 VOCAB = 5
+
+
+def twins(root: int, branching: Sequence[int]) -> sampling.Growth:
+    """Independent draws, of which each is a node of its own: siblings may carry the same token."""
+    tree = sampling._Growing(root)
+    for k in branching:
+        logits = yield tree.level()
+        drawn = torch.multinomial(logits.softmax(-1), k, replacement=True)
+        tree.extend(logits, torch.arange(len(drawn)).repeat_interleave(k), drawn.flatten())
+    return tree.sampled()
+
+
 Grow = Callable[[int, int], sampling.Growth]  # from a root's token, to at most a depth
 GROWTHS: dict[str, Grow] = {
     "chain": lambda root, depth: sampling.without_replacement(root, (1, 1)[:depth]),
     "tree": lambda root, depth: sampling.without_replacement(root, (2, 1)[:depth]),
     "beam": lambda root, depth: sampling.stochastic_beam(root, 3, min(depth, 2)),
     "merged": lambda root, depth: sampling.independent(root, (3, 2)[:depth]),
+    "twins": lambda root, depth: twins(root, (3, 1)[:depth]),
 }
 
 

@@ -74,6 +74,7 @@ def test_windows_hold_as_much_behind_any_text() -> None:
     short, far = ({row["drafter"]: row["bytes"] for row in long_context.memory(shape, n)} for n in (2400, 4000))
     assert short["LongSpec"] == far["LongSpec"]
     assert short["small model, window"] == far["small model, window"]
+    assert short["RAPID"] == far["RAPID"]
     assert far["small model"] > 1.5 * short["small model"]
     assert far["the target itself"] > far["retrieved rows"]
     assert attach(shape, timed=False).form.level == "tree"

@@ -12,7 +12,7 @@ import torch
 
 import specdec
 from specdec import attach, storage, timing
-from specdec.costs import LARGEST, SAVED_FOR, Costs
+from specdec.costs import LARGEST, SAVED_FOR, VERSION, Costs
 from tests import tiny
 from tests.simulation import KERNELS, QUICK, table
 from tests.tiny import prompt
@@ -126,25 +126,31 @@ class TestLearning:
         assert np.array_equal(costs.curve, Costs(KERNELS).curve)
 
 
+GROWTH = {"read": 0.0, "attend": 0.0, "spare": 0.0}
+
+
 class TestFile:
     def test_it_comes_back_as_it_was(self, tmp_path: Path) -> None:
-        costs, path = Costs(KERNELS, 1e-5, 1e-6), tmp_path / "deep" / "costs"
+        costs, path = Costs(KERNELS, 1e-5, 1e-6, 0.1), tmp_path / "deep" / "costs"
         costs.learn(7, 0, 1, 0.1)
         costs.save(path)
         again = Costs.load(path)
         assert np.array_equal(again.curve, costs.curve)
-        assert (again.read, again.attend, again.path) == (1e-5, 1e-6, path)
+        assert (again.read, again.attend, again.spare, again.path) == (1e-5, 1e-6, 0.1, path)
 
     @pytest.mark.parametrize("curve", [np.ones(5), np.zeros(LARGEST), np.full(LARGEST, np.nan), np.full(LARGEST, -1.0)])
     def test_what_cannot_be_costs(self, tmp_path: Path, curve: np.ndarray) -> None:
-        storage.write(tmp_path / "costs", "costs", 1, {"curve": curve}, {"read": 0.0, "attend": 0.0})
-        with pytest.raises(ValueError, match="costs"):
+        storage.write(tmp_path / "costs", "costs", VERSION, {"curve": curve}, GROWTH)
+        with pytest.raises(ValueError, match="passes cost nothing"):
             Costs.load(tmp_path / "costs")
 
-    @pytest.mark.parametrize("facts", [{}, {"read": None, "attend": 0.0}, {"read": -1.0, "attend": 0.0}])
+    @pytest.mark.parametrize(
+        "facts",
+        [{}, GROWTH | {"read": None}, GROWTH | {"read": -1.0}, GROWTH | {"spare": -1.0}, GROWTH | {"spare": ""}],
+    )
     def test_what_cannot_be_growth(self, tmp_path: Path, facts: dict[str, Any]) -> None:
-        storage.write(tmp_path / "costs", "costs", 1, {"curve": np.ones(LARGEST)}, facts)
-        with pytest.raises(ValueError, match="cost"):
+        storage.write(tmp_path / "costs", "costs", VERSION, {"curve": np.ones(LARGEST)}, facts)
+        with pytest.raises(ValueError, match=r"cost nothing|what passes cost|could not convert"):
             Costs.load(tmp_path / "costs")
 
     def test_it_is_kept_fresh_now_and_then(self, tmp_path: Path) -> None:
@@ -240,6 +246,20 @@ class TestAttaching:
         lengths.clear()
         attach.attach(tiny.model(max_position_embeddings=512))
         assert max(lengths) < 100
+
+    def test_how_much_longer_plain_generates_own_steps_take_is_measured_too(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def spare(ours: float) -> float:
+            monkeypatch.setattr(timing, "_timed", lambda model, size: ours * size)
+            costs = attach.attach(tiny.model(max_position_embeddings=512)).costs
+            for path in home.glob("*.safetensors"):
+                path.unlink()
+            assert costs is not None
+            return costs.spare
+
+        assert spare(1e-7) > 10
+        assert spare(1e7) == 0
 
     def test_that_it_cannot_be_measured_is_no_reason_to_draft_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuses(model: Any) -> bool:

@@ -81,6 +81,13 @@ class TestWhatItSays:
         assert any(len(tree) > 4 for _, tree in drafter.noted)
         self.check(model, layer, drafter)
 
+    def test_with_a_head_of_keys_for_each_of_queries(self) -> None:
+        target = tiny.model(num_key_value_heads=4)
+        layer = LongSpecLayer.of(target, WINDOW)
+        drafter = Noted(layer, "best-first", cpu_kernels=False)
+        tiny.same(target, {"input_ids": tiny.prompt(30)}, drafter=drafter, max_new_tokens=6)
+        self.check(target, layer, drafter)
+
     def test_in_a_padded_batch(self, model: Any, layer: LongSpecLayer) -> None:
         drafter = Noted(layer, "best-first", cpu_kernels=False)
         tiny.same(model, tiny.padded(14, 5, 11), drafter=drafter, max_new_tokens=6, eos_token_id=[5, 9, 30])
@@ -116,6 +123,15 @@ class TestOutput:
         result = tiny.same(model, arguments, drafter=drafter, max_new_tokens=60)
         assert result.stats.drafted > 100
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "one to one"])
+    def test_at_8k(self, heads: int) -> None:
+        target = tiny.model(num_key_value_heads=heads, max_position_embeddings=1 << 14)
+        drafter = LongSpecDrafter(LongSpecLayer.of(target, WINDOW), "best-first", cpu_kernels=False)
+        arguments = {"input_ids": tiny.prompt(8000), "max_new_tokens": 40, "min_new_tokens": 40}
+        result = tiny.same(target, arguments, drafter=drafter)
+        assert result.stats.drafted > 100
+
     @pytest.mark.parametrize("kind", ["Qwen3", "Gemma3Text", "Phi3"])
     def test_of_other_kinds_of_models(self, kind: str) -> None:
         more: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]} if "Gemma" in kind else {}
@@ -132,8 +148,13 @@ class TestMemory:
         follow, seen = Window.follow, list[int]()
 
         def checked(self: Window, tokens: np.ndarray) -> Window:
+            before, first = (self.keys, self.values), self.end - self.keys.shape[1]
             follow(self, tokens)
             fresh = follow(Window(self.layer, self.lent, self.target, self.row), tokens)
+            gone = self.end - self.keys.shape[1] - first
+            for rows, old in zip((self.keys, self.values), before, strict=True):
+                still = old[:, max(0, gone) :]
+                assert torch.equal(rows[:, : still.shape[1]], still)
             torch.testing.assert_close(self.keys, fresh.keys, atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(self.values, fresh.values, atol=1e-6, rtol=1e-6)
             seen.append(self.keys.shape[1])

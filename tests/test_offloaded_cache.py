@@ -23,9 +23,13 @@ from tests.tiny import Oracle, padded, prompt, quietly
 OFFLOADED = {"cache_implementation": "offloaded"}  # which plain ``generate`` can do on a GPU only
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Qwen2"])
-def test_the_tokens_are_those_of_plain_generate(kind: str) -> None:
-    model, inputs = tiny.build(kind, **({"sliding_window": 6} if kind == "Gemma2" else {})).double(), padded(9, 14, 5)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("Llama", {}), ("Llama", {"num_key_value_heads": 4}), ("Gemma2", {"sliding_window": 6}), ("Qwen2", {})],
+    ids=str,
+)
+def test_the_tokens_are_those_of_plain_generate(kind: str, more: dict[str, int]) -> None:
+    model, inputs = tiny.build(kind, **more).double(), padded(9, 14, 5)
     expected = model.generate(**inputs, max_new_tokens=30)
     specdec.wrap(model, drafter=Oracle([row.tolist() for row in expected]), policy=FixedPolicy(12, 5, 6))
     assert model.generate(**inputs, max_new_tokens=30, **OFFLOADED).tolist() == expected.tolist()
@@ -105,6 +109,20 @@ def test_what_was_fetched_before_rows_changed_is_not_read() -> None:
             assert layer._ahead is None
     mine, theirs = (each.forward([DraftTree.chain(8, [9, 10], [0.9, 0.8], "")]).logits for each in (ours, plain))
     torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "one to one"])
+def test_a_draft_taken_back_leaves_the_same_bytes(heads: int) -> None:
+    target = started(tiny.build("Llama", num_key_value_heads=heads))
+    target.forward([DraftTree.chain(5, [6, 7], [0.9, 0.8], "")])
+    target.keep([[0, 1]])
+    before = [(layer.keys.clone(), layer.values.clone(), layer.lengths) for layer in target.cache.slots]
+    target.forward([DraftTree.chain(8, [9, 10], [0.9, 0.8], "")])
+    target.keep([[]])
+    for layer, (keys, values, lengths) in zip(target.cache.slots, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+        assert layer.lengths == lengths == [22]
 
 
 def test_the_cache_that_is_returned_is_a_users() -> None:

@@ -24,6 +24,8 @@ def stats() -> Stats:
     stats.generations, stats.plain_generations, stats.fault_count = 2, 1, 3
     stats.judge("match", 2)
     stats.reuse(7)
+    stats.ahead(drafted=True)
+    stats.ahead(drafted=True, used=True)
     stats.spend("verify", 0.125)
     return stats
 
@@ -51,6 +53,8 @@ def test_every_count_can_be_read_back(stats):
         ("specdec_depth_accepted_steps_total", "2"): 1,
         ("specdec_reused_tokens_total", ""): 7,
         ("specdec_judged_trees_total", "match"): 2,
+        ("specdec_drafts_ahead_total", ""): 2,
+        ("specdec_drafts_ahead_used_total", ""): 1,
         ("specdec_faults_total", ""): 3,
         **{("specdec_seconds_total", part): s for part, s in stats.seconds.items()},
     }

@@ -181,6 +181,27 @@ class TestDrafter:
         assert result.stats.accepted > 5
         assert set(result.stats.by_drafter) == {"rapid"}
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "one to one"])
+    def test_at_8k(self, heads: int) -> None:
+        target = tiny.model(num_key_value_heads=heads, max_position_embeddings=1 << 14)
+        text = spelt(document({104: "The key is here."}, passages=173))
+        assert 8000 < len(text) < 8192
+        arguments = {"input_ids": torch.from_numpy(text)[None], "max_new_tokens": 40, "min_new_tokens": 40}
+        result = same(target, arguments, drafter=self.drafter(target))
+        assert result.stats.by_drafter["rapid"]["drafted"] > 100
+
+    def test_holds_as_much_of_a_long_prompt_as_of_a_short_one(self, target: Any) -> None:
+        held = []
+        for passages in (20, 40):
+            drafter, context = self.drafter(target), Context(spelt(document({}, passages)))
+            drafter.draft([context], [Budget(4, 4, 1)])
+            row = drafter._keeper.text(context)
+            assert row is not None
+            assert row.rows is not None
+            held.append(row.rows.cache.bytes)
+        assert held[0] == held[1]
+
     def test_reads_no_more_than_the_passages(self, target: Any) -> None:
         """A model of 256 positions drafts for a prompt of hundreds of tokens, by rows of the short one."""
         text = spelt(document({4: "The key is here."}))
@@ -234,6 +255,8 @@ class TestTransfer:
         law, accepted = law_after(5.0)
         assert accepted == pytest.approx(0.843267, abs=1e-6)
         assert law.tolist() == pytest.approx([0.170005, 0.6, 0.162837, 0.067158], abs=1e-6)
+        drawn = (law - torch.minimum(moved, Q).numpy()) / (1 - accepted)  # after a rejection
+        assert drawn.tolist() == pytest.approx([0.766650, 0, 0.123877, 0.109473], abs=1e-5)
         assert np.abs(law - T.numpy()).sum() / 2 == pytest.approx(0.3, abs=1e-6)
 
     def test_more_of_it_accepts_more(self) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from specdec import storage, trees
 from specdec.core import Budget, Context, DraftTree, Verdict
 from specdec.drafters import RecyclingDrafter, recycling_file
+from specdec.trees.optimal import fastest_shape, optimal_shape
 
 VOCAB = 64
 WIDE = Budget(nodes=80, depth=6, width=8)
@@ -279,6 +280,31 @@ def test_rates_by_rank_are_learnt():
     [tree] = drafter.draft([context], [Budget(99, 1, 4)])
     rates = [float(tree.probability[tree.tokens == token].sum()) for token in target.candidates[tree.tokens[0], :4]]
     assert rates == pytest.approx([*chances, 0], abs=0.06)
+
+
+def test_a_template_may_be_the_best_tree_for_the_texts_so_far(tmp_path):
+    """Here the second candidate is the likeliest, which no other model's answers would have told."""
+    chances = [0.2, 0.6, 0.0, 0.2]
+    measured, target = RecyclingDrafter(k=4), Sampled(chances, seed=6)
+    unmeasured, context = optimal_shape(measured.acceptance, 9, 5), target.prompt(np.arange(VOCAB), 4)
+    decode(measured, target, context, 1500, Budget(12, 4, 4))
+    assert measured.acceptance == pytest.approx(chances, abs=0.06)
+    assert measured.acceptance.sum() <= 1
+    measured.save(tmp_path / "learnt")
+    shape = optimal_shape(measured.acceptance, 9, 5)
+    fastest, _ = fastest_shape(measured.acceptance, 1 + 0.05 * np.arange(32.0), 0.01, 5)
+    assert 1 < len(fastest.values) < 32
+
+    def tokens_per_step(shape):
+        drafter = RecyclingDrafter(k=4, template=(shape.parents, shape.ranks))
+        drafter.load(tmp_path / "learnt")
+        before = len(context.tokens)
+        assert {len(tree) for tree in decode(drafter, target, context, 1000, Budget(8, 5, 4))} == {9}
+        return (len(context.tokens) - before) / 1000
+
+    best = tokens_per_step(shape)
+    assert best == pytest.approx(shape.values.sum(), rel=0.06)
+    assert best > 1.2 * tokens_per_step(unmeasured)
 
 
 def test_promised_and_accepted_agree():

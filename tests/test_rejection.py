@@ -27,7 +27,7 @@ from .sampling import GROWTHS, SampledTrees, counts, law, model, p_value, table,
 
 PROMPT = torch.tensor([[1, 2, 3]])
 POLICY = FixedPolicy(16, 4, 4)
-CASES = {"chain": "chain", "block": "chain", "iid": "chain", "swor": "tree", "traversal": "beam", "auto": "merged"}
+CASES = {"chain": "chain", "block": "chain", "iid": "twins", "swor": "tree", "traversal": "beam", "auto": "merged"}
 
 
 def near(target, noise=1.0):
@@ -49,6 +49,11 @@ def sample(target, drafter, verifier, runs, tokens=3, rows=100, **arguments):
         return torch.cat(padded), specdec.stats(target)
 
 
+def drafter(growth, table):
+    """Of sampled trees that say how they were drawn."""
+    return SampledTrees(GROWTHS[growth], table, "iid" if growth == "twins" else "swor")
+
+
 class TestLaw:
     """Pearson's chi-square of what is sampled against what plain passes say; seeds are fixed, so it never flickers."""
 
@@ -64,8 +69,8 @@ class TestLaw:
         """The second of four tokens is the first that is guessed, by trees two guesses deep."""
         torch.manual_seed(0)
         target = model()
-        drafter = SampledTrees(GROWTHS[CASES[rule]], near(target))
-        tokens, stats = sample(target, drafter, RejectionVerifier(rule), runs, tokens=4)
+        made = drafter(CASES[rule], near(target))
+        tokens, stats = sample(target, made, RejectionVerifier(rule), runs, tokens=4)
         assert p_value(counts(tokens), law(target, PROMPT, 4)) > 0.01
         assert len(stats.acceptance_by_depth) == 2
         assert stats.accepted > 0.2 * runs
@@ -74,12 +79,20 @@ class TestLaw:
         assert stats.fault_count == 0
         assert stats.lossless
 
-    def test_of_a_broken_build_it_does_not_hold(self, monkeypatch):
+    @pytest.mark.parametrize("growth", ["beam", "twins"])
+    def test_of_trees_that_auto_judges_by_traversal(self, growth):
+        torch.manual_seed(0)
+        target = model()
+        tokens, stats = sample(target, drafter(growth, near(target)), RejectionVerifier(), 800, tokens=4)
+        assert p_value(counts(tokens), law(target, PROMPT, 4)) > 0.01
+        assert set(stats.by_rule) == {"match", "traversal"}
+
+    @pytest.mark.parametrize("rule", CASES)
+    def test_of_a_broken_build_it_does_not_hold(self, rule, monkeypatch):
         torch.manual_seed(0)
         unjust(monkeypatch)
         target = model()
-        drafter = SampledTrees(GROWTHS["chain"], near(target))
-        tokens, _ = sample(target, drafter, RejectionVerifier("chain"), 800, tokens=4)
+        tokens, _ = sample(target, drafter(CASES[rule], near(target)), RejectionVerifier(rule), 800, tokens=4)
         assert p_value(counts(tokens), law(target, PROMPT, 4)) < 1e-6
 
     @pytest.mark.parametrize("rule", ["swor", "traversal"])
@@ -129,7 +142,7 @@ class TestCounting:
     """Tokens per step where the answer is known."""
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
-    @pytest.mark.parametrize("rule", ["chain", "block", "traversal", "auto"])
+    @pytest.mark.parametrize("rule", CASES)
     def test_a_drafter_that_is_the_target(self, rule, temperature):
         target = model()
         with torch.no_grad():
@@ -145,12 +158,12 @@ class TestCounting:
             target.generate(PROMPT, max_new_tokens=1 + 4 * 25, **how)
             assert specdec.stats(target).tokens_per_step == pytest.approx(101 / 26)
 
-    @pytest.mark.parametrize("rule", ["chain", "block", "traversal"])
+    @pytest.mark.parametrize("rule", CASES)
     def test_a_drafter_of_what_the_target_never_says(self, rule):
         target = model()
-        drafter = SampledTrees(GROWTHS["chain"], torch.tensor([0, 0, -torch.inf, -torch.inf, -torch.inf]).expand(5, 5))
+        made = drafter(CASES[rule], torch.tensor([0, 0, -torch.inf, -torch.inf, -torch.inf]).expand(5, 5))
         torch.manual_seed(0)
-        tokens, stats = sample(target, drafter, RejectionVerifier(rule), 1, 40, 1, suppress_tokens=[0, 1])
+        tokens, stats = sample(target, made, RejectionVerifier(rule), 1, 40, 1, suppress_tokens=[0, 1])
         assert stats.tokens_per_step == 1
         assert stats.drafted > 0
         assert not {0, 1} & set(tokens.flatten().tolist())

@@ -18,6 +18,10 @@ from tests.long_context import started
 from tests.tiny import padded, prompt
 
 HEADS = {"grouped": 2, "one to one": 4}
+HYBRID: dict[str, Any] = {
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
+    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
+}
 
 
 def of_means(*means: tuple[float, ...], chunk: int = 2) -> torch.Tensor:
@@ -27,12 +31,14 @@ def of_means(*means: tuple[float, ...], chunk: int = 2) -> torch.Tensor:
 
 
 class TestSelect:
-    def test_the_first_and_the_best(self) -> None:
-        keys = of_means((1, 0), (0, 2), (1, 0), (-1, 0), (0, 2), (2, 2))
-        chosen = select(torch.tensor([[1.0, 0.5]]), keys, 2, 3)[0].tolist()
-        assert chosen[:2] == [0, 5]
-        assert chosen[2] in (1, 2, 4)
-        assert 3 not in select(torch.tensor([[1.0, 0.5]]), keys, 2, 5)[0]
+    def test_g13(self) -> None:
+        """The first chunk, then those that score best; the one that scores worst comes last."""
+        keys, query = of_means((1, 0), (0, 2), (1, 0), (-1, 0), (0, 2), (2, 2)), torch.tensor([[1.0, 0.5]])
+        assert (keys[0].view(6, 2, 2).mean(1) @ query[0]).tolist() == [1, 1, 1, -1, 1, 3]
+        first, best, third = select(query, keys, 2, 3)[0].tolist()
+        assert [first, best] == [0, 5]
+        assert third in (1, 2, 4)
+        assert select(query, keys, 2, 6)[0, -1] == 3
 
     def test_all_where_there_is_room(self) -> None:
         keys = of_means((1, 0), (0, 2), (1, 0))
@@ -61,8 +67,8 @@ def test_budgets_that_cannot_be(arguments: dict[str, int]) -> None:
         RetrievalCache(SlotCache(layer_class_to_replicate=SlotLayer), **{"chunk": 8, **arguments})
 
 
-def test_windows_have_nothing_to_retrieve() -> None:
-    with pytest.raises(ValueError, match="sliding window"):
+def test_windows_alone_have_nothing_to_retrieve() -> None:
+    with pytest.raises(ValueError, match="sliding windows"):
         RetrievalCache(SlotCache(layers=[SlotLayer(9)]))
 
 
@@ -80,6 +86,43 @@ def test_with_room_for_all_it_is_the_full_cache(heads: int, attention: str) -> N
     target, level = read(heads, 400, attn_implementation=attention)
     tree = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, "")
     torch.testing.assert_close(level.model.forward([tree]).logits, target.forward([tree]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_layers_with_windows_hold_those(kind: str) -> None:
+    """With room for all in the others it is the full cache, whatever was guessed, and as long as the text grows."""
+    model, batch = tiny.build(kind, max_position_embeddings=2048, **HYBRID[kind]), padded(60, 9)
+    for target, row in ((started(model, prompt(200)), 0), (started(model, **batch), 1)):
+        level, before = Middle(target, row, 1600, 8), target.lengths[0]
+        level.refresh(7, anew=True)
+        tree, chain = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, ""), DraftTree.chain(7, range(5, 95), [1.0] * 90, "")
+        for _ in range(5):
+            ours, full = level.model.forward([tree]), target.forward([tree] * len(target.lengths))
+            torch.testing.assert_close(ours.logits[0], full.logits[row], atol=1e-4, rtol=1e-4)
+            level.model.keep([range(4)])
+            level.model.forward([chain])
+            level.model.keep([range(91)])
+            target.keep([[]] * len(target.lengths))
+            target.forward([chain] * len(target.lengths))
+            target.keep([range(91)] * len(target.lengths))
+            level.refresh(7, anew=False)
+        assert target.lengths[row] == level.cache.lengths[0] == before + 5 * 91
+        windows = [layer for layer in level.cache.slots if layer.window is not None]
+        assert {layer.keys.shape[2] for layer in windows} == {15}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_a_draft_taken_back_leaves_the_same_bytes(heads: int) -> None:
+    _, level = read(heads, 40)
+    for path in ([], [0, 2], [0, 1]):
+        before = [(layer.keys.clone(), layer.values.clone(), layer.offset) for layer in level.cache.slots]
+        level.model.forward([DraftTree.chain(7, [8, 9], [1.0] * 2, "")])
+        level.model.keep([path])
+        level.refresh(7, anew=False)  # nothing was committed
+        for layer, (keys, values, offset) in zip(level.cache.slots, before, strict=True):
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
+            assert layer.offset == offset
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)

@@ -158,11 +158,13 @@ class TestGenerate:
             assert model.generate(**batch).tolist() == plain.tolist()
         assert shared == [12]
 
-    def test_by_bits(self, shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "one to one"])
+    def test_by_bits(self, heads: int, shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         """As on GPUs, whose masks are a few words for each node."""
         monkeypatch.setattr("specdec.attach.likely", lambda module, config: "bits")
-        same(tiny.model(), {**ragged(10, 14, 20, 11), **NEW})
-        same(tiny.model(), {"input_ids": prompt(12), "num_return_sequences": 3, "do_sample": True, **NEW})
+        model = tiny.model(num_key_value_heads=heads)
+        same(model, {**ragged(10, 14, 20, 11), **NEW})
+        same(model, {"input_ids": prompt(12), "num_return_sequences": 3, "do_sample": True, **NEW})
         assert shared == [10, 12]
 
     def test_in_half_precision(self, shared: list[int]) -> None:
@@ -241,6 +243,17 @@ class TestRows:
         for layer in target.cache.layers:
             assert sum(x.untyped_storage().nbytes() for x in layer.shared) == one / len(target.cache.layers)
 
+    @staticmethod
+    def bytes_of(target: Model) -> list[torch.Tensor]:
+        """All that is held, row by row: each row's own tokens, then what all begin with."""
+        rows = [
+            slots[row, :, : length - layer.offset].clone()
+            for layer in target.cache.layers
+            for slots in layer.buffers
+            for row, length in enumerate(layer.lengths)
+        ]
+        return rows + [slots.clone() for layer in target.cache.layers for slots in layer.shared]
+
     def test_a_rejected_tree_leaves_no_trace(self, model: Any, shared: list[int]) -> None:
         """What paths have kept is what was fed without the other nodes."""
         batch = ragged(10, 14, 20, 11)
@@ -248,6 +261,10 @@ class TestRows:
         tree = DraftTree(np.array([7, 8, 9, 10, 11]), np.array([-1, 0, 0, 1, 2]), np.ones(5, np.float32), ("",) * 5)
         target, contexts = self.held(model, batch)
         assert share(target, contexts, padding) == 10
+        before = self.bytes_of(target)
+        target.forward([tree] * 3)
+        target.keep([[]] * 3)
+        assert all(map(torch.equal, self.bytes_of(target), before))
         target.forward([tree] * 3)
         target.keep([[0, 2, 4], [0], []])
         other, contexts = self.held(model, batch)

@@ -332,6 +332,20 @@ class TestRows:
             drafter.draft(contexts, [BUDGET] * 2)
         assert seen == [2, 6, 6, 6]
 
+    @pytest.mark.parametrize("sample", [False, True])
+    @pytest.mark.parametrize("tree", KINDS)
+    def test_texts_share_passes_whatever_the_tree(self, rough: Any, tree: str, sample: bool) -> None:
+        drafter, contexts = small(rough, tree, branching=(2, 1, 1)), [Context([5, 6, 7]), Context([8, 9])]
+        for context in contexts:
+            context.choice = Choice(VOCAB, sample)
+        drafter.draft(contexts, [BUDGET] * 2)
+        for context in contexts:
+            context.extend(Verdict(DraftTree.root(int(context.tokens[-1])), np.arange(1), np.array([3])))
+        with fed(rough) as seen:
+            drafted = drafter.draft(contexts, [BUDGET] * 2)
+        assert all(len(made) > 2 for made in drafted)
+        assert len(seen) <= BUDGET.depth
+
 
 class TestTrees:
     @pytest.mark.parametrize("tree", KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,11 @@ from tests.long_context import started
 from tests.tiny import prompt
 
 HEADS = {"grouped": 2, "one to one": 4}
+HYBRID: dict[str, Any] = {
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
+    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+}
 
 
 def rows(first: int, count: int, batch: int = 1) -> torch.Tensor:
@@ -36,7 +43,8 @@ def held(layer: StreamingLayer) -> list[int]:
     return layer.keys[0, 0, :, 0].int().tolist()
 
 
-def test_what_two_more_tokens_leave_of_six() -> None:
+def test_g21() -> None:
+    """What two more tokens leave of six."""
     layer = StreamingLayer(sinks=2, recent=4, slack=0)
     fed(layer, 0, 6)
     fed(layer, 6, 2)
@@ -125,6 +133,35 @@ def test_is_full_attention_with_the_dropped_tokens_masked(heads: int, attention:
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Gemma3Text", "Qwen2"])
+def test_layers_with_windows_of_their_own_hold_those(kind: str) -> None:
+    """Beside them, a layer without a window holds sinks and the newest."""
+    model, text = tiny.build(kind, **HYBRID[kind]), prompt(60)
+    cache = StreamingCache(sinks=2, recent=10, slack=5, config=model.config)
+    full, logits = cache.slots[HYBRID[kind]["layer_types"].index("full_attention")], list[torch.Tensor]()
+    masks = {name: torch.zeros(1, 1, 60, 60, dtype=torch.bool) for name in ("full_attention", "sliding_attention")}
+    for token in range(60):
+        with torch.no_grad():
+            logits.append(model(text[:, token : token + 1], past_key_values=cache).logits[0, 0])
+        masks["full_attention"][..., token, [*range(min(2, token + 1)), *range(2 + full.offset, token + 1)]] = True
+        masks["sliding_attention"][..., token, max(0, token - 15) : token + 1] = True
+    with torch.no_grad():
+        wanted = model(text, attention_mask=masks).logits[0]
+    assert full.offset > 30
+    assert max(layer._keys.shape[2] for layer in cache.slots) < 16 + 5 + 2 * GROWTH
+    torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_plain_generate_of_a_hybrid_model_is_exact_within_the_window(kind: str) -> None:
+    model, arguments = tiny.build(kind, **HYBRID[kind]), {"max_new_tokens": 60, "eos_token_id": None}
+    plain, cache = model.generate(prompt(), **arguments), StreamingCache(config=model.config)
+    assert model.generate(prompt(), **arguments, past_key_values=cache).tolist() == plain.tolist()
+    cache = StreamingCache(sinks=2, recent=8, slack=0, config=model.config)
+    model.generate(prompt(), **arguments, past_key_values=cache)
+    assert max(layer.keys.shape[2] for layer in cache.slots) <= 17
+
+
 def test_plain_generate_runs_on_it_and_is_exact_within_the_window() -> None:
     model, arguments = tiny.model(), {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
     plain = model.generate(prompt(), **arguments)
@@ -134,15 +171,25 @@ def test_plain_generate_runs_on_it_and_is_exact_within_the_window() -> None:
     assert cache.slots[0].keys.shape[2] <= 12
 
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_a_model_drafts_trees_on_it(heads: int) -> None:
+TAKE_TREES = {name: partial(tiny.model, num_key_value_heads=heads) for name, heads in HEADS.items()} | {
+    kind: partial(tiny.build, kind, **HYBRID[kind]) for kind in ("Gemma3Text", "Qwen2")
+}
+
+
+@pytest.mark.parametrize("make", TAKE_TREES.values(), ids=TAKE_TREES)
+def test_a_model_drafts_trees_on_it(make: Callable[[], Any]) -> None:
     """A tree's nodes say behind a window what each of its paths says alone, and only the accepted path stays."""
-    model = tiny.model(num_key_value_heads=heads)
+    model = make()
     target, alone = streaming(model, prompt(40)), streaming(model, prompt(40))
     parents, tokens = np.array([-1, 0, 0, 1, 2, 1]), np.array([3, 5, 6, 7, 7, 9])
     tree = DraftTree(tokens, parents, np.ones(6, np.float32), ("",) * 6)
+    before = [(layer.keys.clone(), layer.values.clone(), layer.offset) for layer in target.cache.slots]
     logits = target.forward([tree]).logits[0]
     target.keep([[]])
+    for layer, (keys, values, offset) in zip(target.cache.slots, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+        assert layer.offset == offset
     assert torch.equal(target.forward([tree]).logits[0], logits)
     target.keep([[0, 2, 4]])
     for leaf in (3, 5, 4):
@@ -158,7 +205,7 @@ def test_a_model_drafts_trees_on_it(heads: int) -> None:
 def streaming(model: Any, ids: torch.Tensor) -> Model:
     """A model that has read a prompt into a streaming cache."""
     target = started(model, ids)
-    target.cache = StreamingCache(sinks=2, recent=8, slack=6)
+    target.cache = StreamingCache(sinks=2, recent=8, slack=6, config=model.config)
     with torch.no_grad():
         model(ids, past_key_values=target.cache)
     target.cache.keep([0], [range(ids.shape[1])])

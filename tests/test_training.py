@@ -498,6 +498,39 @@ class TestCommand:
             loaded = AutoModelForCausalLM.from_pretrained(model)
             assert distilled.drafter(out / "draft.safetensors", loaded, cpu_kernels=False).hidden == (kind == "feature")
 
+    def test_stopped_it_goes_on_to_the_draft_of_its_seed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, step, stops = tmp_path / "model", loop._step, [False, False, True]  # before its third step
+        tiny.model(eos_token_id=None, bos_token_id=None).save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+        (tmp_path / "prompts.txt").write_text("\n\n".join(f"Say {i}." for i in range(9)))
+        asked = ["train", "draft", "--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--held-out", "2"]
+        asked += ["--max-new-tokens", "8", "--layers", "1", "--vocabulary", "50", "--steps", "4", "--every", "2"]
+
+        def stopped(*arguments: Any) -> float:
+            if stops and stops.pop(0):
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        def run(out: str, seed: int) -> Any:
+            return CliRunner().invoke(cli.app, [*asked, "--out", str(tmp_path / out), "--seed", str(seed)])
+
+        def weights(out: str) -> list[torch.Tensor]:
+            target = AutoModelForCausalLM.from_pretrained(model)
+            return list(distilled.own(distilled.load(tmp_path / out / "draft.safetensors", target)).values())
+
+        monkeypatch.setattr(loop, "_step", stopped)
+        first = run("stopped", 1)
+        assert first.exit_code != 0
+        assert "step 2" in first.output
+        assert not (tmp_path / "stopped" / "draft.safetensors").exists()
+        second = run("stopped", 1)
+        assert "step 2" not in second.output
+        assert "tokens per step" in second.output.split("step 4")[1]
+        for out, seed in (("whole", 1), ("other", 2)):
+            assert run(out, seed).exit_code == 0
+        assert all(map(torch.equal, weights("stopped"), weights("whole")))
+        assert not all(map(torch.equal, weights("stopped"), weights("other")))
+
     def test_too_few_prompts_are_told(self, tmp_path: Path) -> None:
         tiny.model().save_pretrained(tmp_path)
         tiny.tokenizer().save_pretrained(tmp_path)

@@ -309,6 +309,12 @@ def test_fault_says_what_is_wrong(words):
         raise AssertionError(trees.fault(**tree))
 
 
+def test_independent_draws_may_be_twins():
+    tree = sound_tree()
+    FAULTS["nodes 1 and 2 both guess token 1 after node 0"](tree)
+    assert trees.fault(**tree, twins=True) is None
+
+
 def test_fault_reads_arrays_of_any_layout():
     tree = sound_tree() | {"tokens": np.repeat(np.array([7, 1, 2, 1]), 2)[::2]}
     tree["parents"].flags.writeable = False

@@ -65,6 +65,8 @@ def test_subtree(form, n):
     tokens, parents, probability = random_tree(form, n)
     for nodes, depth, width, least in ((0, 5, 5, 0.0), (16, 3, 2, 0.0), (64, 99, 99, 0.3), (2000, 2000, 2000, 0.0)):
         kept = trees.prune(parents, probability, nodes, depth, width, least)
+        node = min(nodes, len(parents) - 1)
+        assert_same([trees.below(parents, node)], [reference.below(parents, node)])
         assert_same([kept], [reference.prune(parents, probability, nodes, depth, width, least)])
         assert_same(
             trees.select(tokens, parents, probability, kept), reference.select(tokens, parents, probability, kept)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import specdec
 from specdec.core import Budget, Choice, Context, DraftTree
@@ -30,6 +31,10 @@ from tests import enumerated, sampling, tiny
 from tests.tiny import padded, prompt, same
 
 HEADS = {"grouped": 2, "one to one": 4}
+HYBRID: dict[str, Any] = {
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24, "head_dim": 8},
+    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 24, "use_sliding_window": True},
+}
 POLICY = FixedPolicy(4, 4, 1)
 LONG = 1100
 
@@ -53,6 +58,7 @@ FIRSTS: dict[str, Any] = {
     "suffixes": SuffixDrafter,
     "recycling": RecyclingDrafter,
     "a model": lambda: SmallModelDrafter(blurred(0.05), "best-first", cpu_kernels=False),
+    "a model with a window": lambda: SmallModelDrafter(blurred(0.05), window=128, cpu_kernels=False),
 }
 
 
@@ -108,6 +114,14 @@ class TestOutput:
         assert levels[0].builds > 0
         assert result.stats.accepted > 5
 
+    @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
+    @pytest.mark.parametrize("kind", HYBRID)
+    def test_for_models_some_of_whose_layers_have_windows(self, kind: str, sample: bool, levels: list[Middle]) -> None:
+        target, drafter = tiny.build(kind, **HYBRID[kind]), TriForceDrafter(NgramDrafter(), budget=96, chunk=4)
+        result = same(target, padded(300, 280), drafter=drafter, max_new_tokens=40, do_sample=sample)
+        assert all(level.builds > 0 for level in levels)
+        assert result.stats.by_drafter["triforce"]["accepted"] > 5
+
     @pytest.mark.parametrize("first", ["n-grams", "a model"])
     def test_of_a_batch_with_padding(self, first: str, levels: list[Middle]) -> None:
         drafter = TriForceDrafter(FIRSTS[first](), budget=48, chunk=4)
@@ -126,11 +140,24 @@ class TestOutput:
 
     def test_where_the_rows_cannot_serve_is_that_of_first(self, levels: list[Middle]) -> None:
         target, drafter = tiny.model("Mistral", sliding_window=7), TriForceDrafter(NgramDrafter(), 16)
-        with pytest.warns(specdec.SpecdecWarning, match="triforce does without the target: .* without limit"):
+        with pytest.warns(specdec.SpecdecWarning, match="triforce does without the target: no layer .* without limit"):
             result = tiny.both(target, {"input_ids": prompt(60)}, drafter=drafter, max_new_tokens=60)
         assert result.ours.tolist() == result.plain.tolist()
         assert not levels
         assert set(result.stats.by_drafter) == {"ngram"}
+
+    def test_where_rows_are_held_beyond_a_window_is_that_of_first(self, levels: list[Middle]) -> None:
+        """In a cache of the user's, which knows of no windows."""
+        target, drafter = tiny.build("Qwen2", **HYBRID["Qwen2"]), TriForceDrafter(NgramDrafter(), 16)
+        with pytest.warns(specdec.SpecdecWarning, match="neither without limit nor by a window"):
+            result = tiny.both(
+                target,
+                lambda: {"input_ids": prompt(60), "past_key_values": DynamicCache()},
+                drafter=drafter,
+                max_new_tokens=30,
+            )
+        assert result.ours.tolist() == result.plain.tolist()
+        assert not levels
 
     def test_as_long_as_the_text_fits_the_budget_is_that_of_first(self, levels: list[Middle]) -> None:
         drafter = TriForceDrafter(NgramDrafter(), 128)
@@ -296,8 +323,10 @@ def by_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 class TestLaw:
     def test_of_the_middle_level_is_its_own(self, by_script: list[Any]) -> None:
-        """Speculative sampling with the published resampling would give (.26, .32, .28, .14)."""
+        """G12: speculative sampling with the published resampling would give another one."""
         p1, q0 = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+        both = torch.minimum(p1, q0)
+        np.testing.assert_allclose(both + (1 - both.sum()) * p1, [0.26, 0.32, 0.28, 0.14], atol=1e-6)
 
         def run(chance: enumerated.Branches) -> tuple[int, ...]:
             by_script.append(chance)
@@ -309,6 +338,7 @@ class TestLaw:
         for weight, tokens in enumerated.outcomes(run):
             law[tokens] += weight
         np.testing.assert_allclose(law, np.outer(p1, p1), atol=1e-6)
+        np.testing.assert_allclose(law.sum(1), [0.4, 0.3, 0.2, 0.1], atol=1e-6)
 
     @pytest.mark.parametrize("rule", ["recursive", "traversal", "match"])
     @pytest.mark.parametrize(("vocab", "depth", "nodes"), [(3, 2, 2), (3, 2, 4), (2, 3, 4)])

@@ -108,6 +108,15 @@ def test_output_is_plain_generates(model: Any, tree: Any) -> None:
     assert 0 < result.stats.accepted < result.stats.drafted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "one to one"])
+def test_at_8k(heads: int) -> None:
+    target = tiny.model(num_key_value_heads=heads, max_position_embeddings=1 << 14)
+    drafter = SmallModelDrafter(target, "best-first", window=WINDOW, cpu_kernels=False)
+    arguments = {"input_ids": tiny.prompt(8000), "max_new_tokens": 40, "min_new_tokens": 40}
+    assert tiny.same(target, arguments, drafter=drafter).stats.drafted > 100
+
+
 def test_arguments(model: Any) -> None:
     with pytest.raises(ValueError, match="window=8: give 128 or more"):
         SmallModelDrafter(model, window=8)

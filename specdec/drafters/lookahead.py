@@ -52,6 +52,7 @@ class LookaheadDrafter:
     name = "lookahead"
     topk = 0
     hidden = False
+    ahead = True
 
     def __init__(self, branch: int = 12, max_query: int = 4, shared_share: float = 0.5, max_bytes: int = 1 << 26):
         if not 1 <= max_query <= branch:

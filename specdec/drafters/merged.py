@@ -60,6 +60,7 @@ class MergedDrafter:
         self.name = "+".join(part.name for part in self.drafters)
         self.topk = max(part.topk for part in self.drafters)
         self.hidden = any(part.hidden for part in self.drafters)
+        self.ahead = all(getattr(part, "ahead", False) for part in self.drafters)
         self.faults: list[tuple[str, str]] = []
         self.clock = clock
         self._parts = [Part(drafter) for drafter in self.drafters]

@@ -41,6 +41,7 @@ class NgramDrafter:
     name = "ngram"
     topk = 0
     hidden = False
+    ahead = True
 
     def __init__(self, max_match: int = 4, min_match: int = 1, branches: int = 8):
         if not 1 <= min_match <= max_match:

@@ -54,6 +54,7 @@ class PredictedOutput:
     name = "predicted"
     topk = 0
     hidden = False
+    ahead = True
 
     def __init__(
         self, prediction: str | Sequence[int] | Int[np.ndarray, " length"], tokenizer: Any = None, branches: int = 2

@@ -38,7 +38,8 @@ class RecyclingDrafter:
     Args:
         k: candidates kept per token.
         template: ``None`` to grow by budget, ``"paper"`` for the 80 nodes of "2.2.2", or ``(parents, ranks)``, parents
-            first, with node 0 the root. The budget cuts a template's least likely nodes.
+            first, with node 0 the root, as of a shape of ``trees.optimal``. The budget cuts a template's least likely
+            nodes.
         namespaces: how many namespaces are kept; the least recently used is forgotten.
         vocab: rows to allocate at once; more are added when larger token ids are seen.
         max_bytes: memory for what is learnt in each namespace, and for the rates of all of them. The default is room
@@ -50,6 +51,7 @@ class RecyclingDrafter:
 
     name = "recycling"
     hidden = False
+    ahead = True
 
     def __init__(
         self,
@@ -101,6 +103,18 @@ class RecyclingDrafter:
         ranks.accepted[:], ranks.offered[:] = counts["accepted"], counts["offered"]
         self._ranks = ranks
         self._memories.replace({name: Adjacency(matrix, self._most) for name, matrix in matrices.items()})
+
+    @property
+    def acceptance(self) -> Float[np.ndarray, " k"]:
+        """How often the candidate of each rank came next, at all depths of all texts so far.
+
+        What ``optimal_shape`` and ``fastest_shape`` make the best template for such texts of; before any text, what
+        another model's answers gave.
+        """
+        counts = self._ranks.counts()
+        accepted, offered = (counts[name].reshape(LEVELS, self.k).sum(0) for name in ("accepted", "offered"))
+        rates: np.ndarray = accepted / offered
+        return rates / max(1.0, float(rates.sum()))  # ranks that rows often lack were offered less often than others
 
     @property
     def bytes_used(self) -> int:

@@ -46,6 +46,7 @@ class RetrievalDrafter:
     name = "retrieval"
     topk = 0
     hidden = False
+    ahead = True
 
     def __init__(
         self, index: Corpus | str | os.PathLike[str], max_match: int = 16, min_match: int = 1, samples: int = 256

@@ -90,6 +90,7 @@ class SuffixDrafter:
         self.fallback, self.threshold = fallback, threshold
         self.topk = 0 if fallback is None else fallback.topk
         self.hidden = fallback is not None and fallback.hidden
+        self.ahead = fallback is None or bool(getattr(fallback, "ahead", False))
         self._memories = Namespaces(lambda: Memory(max_depth, max_bytes, max_sequences), namespaces)
         self._texts: WeakSet[Text] = WeakSet()
         self._lock = threading.Lock()

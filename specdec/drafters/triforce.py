@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdec.cache import SlotCache
+from specdec.cache import SlotCache, SlotLayer
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.drafters.middle import SURE, Middle, chosen
 from specdec.drafters.small_model import SmallModelDrafter
@@ -40,7 +41,7 @@ class TriForceDrafter:
     Args:
         first: the first level: a ``SmallModelDrafter``, an ``NgramDrafter``, any. It is shown a text of its own,
             committed and written tokens; where the target disagrees that begins anew, and only a model's rows stay.
-        budget: tokens retrieved, in every head of every layer.
+        budget: tokens retrieved, in every head of every layer without a window of its own.
         chunk: tokens that are retrieved together.
         guesses: nodes of ``first``'s trees at most.
         agreed: how often, 0 to 1, the target must have agreed lately, or the cache is built anew.
@@ -195,13 +196,29 @@ def _said(text: Context, new: Int[np.ndarray, " new"]) -> Verdict:
     return Verdict(chain, np.arange(len(new)), new)
 
 
+def _limits(config: Any, cache: SlotCache) -> str:
+    """Why layers that look back as far as these cannot serve; empty if they can."""
+    known = reaches(config) or {}
+    if Reach() not in known.values():
+        return "no layer of the target looks back without limit"
+    types = getattr(config, "layer_types", None) or [*known] * len(cache.layers)
+    held = [
+        (Reach(layer.window), known[name])
+        for layer, name in zip(cache.layers, types, strict=False)
+        if isinstance(layer, SlotLayer)
+    ]
+    if any(reach != meant for reach, meant in held):
+        return "the target has layers that look back neither without limit nor by a window that their rows are held for"
+    return ""
+
+
 def _unfit(target: Model) -> str:
     """Why a target's rows cannot serve; empty if they can."""
-    known, visible = reaches(target.config), target.visible
+    visible = target.visible
     if target.form.level != "tree" or not isinstance(target.cache, SlotCache):
         return "the target's rows hold no trees"
-    if known is None or set(known.values()) != {Reach()}:
-        return "the target has layers that do not look back without limit"
+    if reason := _limits(target.config, target.cache):
+        return reason
     if visible is not None and not bool((visible.long().cummax(-1).values == visible).all()):
         return "the prompt has holes"
     if not getattr(target.module, "_can_set_attn_implementation", bool)():

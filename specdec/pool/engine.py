@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 
 from specdec import adapters
+from specdec.ahead import Ahead, useful
 from specdec.attach import Attachment
 from specdec.attached import attach_once
 from specdec.cache import GROWTH
@@ -91,7 +92,9 @@ class Engine:
         self._prepare, self._alone = (Generate(model, each, shadowed) for each in (preparation, ordinary))
         self.stats = preparation.stats = ordinary.stats = Stats()
         vocab = int(model.config.get_text_config(decoder=True).vocab_size)
-        self.policy, self.drafter = policy, GuardedDrafter(preparation.drafter, self.stats, vocab)
+        guarded = GuardedDrafter(preparation.drafter, self.stats, vocab)
+        self._ahead = Ahead(guarded, self.stats) if useful(preparation.drafter, model.device) else None
+        self.policy, self.drafter = policy, self._ahead or guarded
         self.rows, self.joining = list[Row](), deque[Row]()
         self._attachment: Attachment | None = None
         self._bytes_of_token = 0
@@ -255,6 +258,9 @@ class Engine:
         start = time.perf_counter()
         with self.stats.clock("verify"):
             passed = self.batch.forward(batch, self.drafter.hidden)
+        if self._ahead is not None:
+            self._ahead.meanwhile()
+        with self.stats.clock("verify"):
             passed.wait()
         seconds = time.perf_counter() - start
         shares = [_share(passed, place, len(tree)) for place, tree in enumerate(batch)]

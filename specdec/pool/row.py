@@ -17,8 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attach import Attachment
 from specdec.cache import Rows, SlotCache
-from specdec.core import Choice, Context, DraftTree, Unsupported, Verdict
-from specdec.guard import GuardedDrafter
+from specdec.core import Choice, Context, Drafter, DraftTree, Unsupported, Verdict
 from specdec.limits import room, rotary_change
 from specdec.model import Model, Pass
 from specdec.pool.batch import Batch
@@ -111,9 +110,7 @@ class Row:
         ValueError: a token that the model does not know; on a GPU that would be the end of all rows.
     """
 
-    def __init__(
-        self, request: Request, prepared: Prepared, drafter: GuardedDrafter, stats: Stats, namespace: str
-    ) -> None:
+    def __init__(self, request: Request, prepared: Prepared, drafter: Drafter, stats: Stats, namespace: str) -> None:
         ids = prepared.input_ids
         self.request, self.prepared, self.drafter = request, prepared, drafter
         self.target = Model(prepared.module, prepared.attachment.form)

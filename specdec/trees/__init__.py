@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from specdec.trees.path import child, follow, greedy_path
     from specdec.trees.shape import ancestor_matrix, ancestor_words, depths, is_chain, positions
     from specdec.trees.soundness import fault
-    from specdec.trees.subtree import prune, select
+    from specdec.trees.subtree import below, prune, select
     from specdec.trees.template import expand_template
     from specdec.trees.union import merge
 
 __all__ = [
     "ancestor_matrix",
     "ancestor_words",
+    "below",
     "child",
     "depths",
     "draw_svg",
@@ -45,7 +46,7 @@ _MODULES = {
     "path": ("child", "follow", "greedy_path"),
     "shape": ("ancestor_matrix", "ancestor_words", "depths", "is_chain", "positions"),
     "soundness": ("fault",),
-    "subtree": ("prune", "select"),
+    "subtree": ("below", "prune", "select"),
     "template": ("expand_template",),
     "union": ("merge",),
 }

@@ -82,6 +82,10 @@ def prune(parents: Ints, probability: Floats, nodes: int, depth: int, width: int
     return np.array(sorted([0, *best]), np.int64)
 
 
+def below(parents: Ints, node: int) -> Ints:
+    return np.array([other for other in range(len(parents)) if node in lineage(parents, other)], np.int64)
+
+
 def select(tokens: Ints, parents: Ints, probability: Floats, kept: Ints) -> tuple[Ints, Ints, Floats]:
     place = {-1: -1} | {old: new for new, old in enumerate(kept.tolist())}
     return tokens[kept], np.array([place[parent] for parent in parents[kept].tolist()], np.int64), probability[kept]

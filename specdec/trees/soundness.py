@@ -21,6 +21,7 @@ def fault(
     nodes: int,
     depth: int,
     width: int,
+    twins: bool = False,
 ) -> str | None:
     """What is wrong with a tree, in words; None if it can be verified as it is.
 
@@ -32,7 +33,8 @@ def fault(
         vocab: how many tokens there are.
         nodes: guessed nodes at most; the root does not count.
         depth: guessed tokens on one path at most.
-        width: children of one node at most; no two may carry the same token.
+        width: children of one node at most.
+        twins: whether two of them may carry the same token, as independent draws may.
     """
     wrong = _wrong_arrays(tokens, parents, probability)
     if wrong:
@@ -41,7 +43,7 @@ def fault(
         return f"{len(tokens) - 1} nodes are guessed, the budget is {nodes}"
     if tokens[0] != root_token:
         return f"the root's token is {tokens[0]}, the last committed one is {root_token}"
-    code, node, other = _fault(tokens, parents, probability, vocab, depth, width)
+    code, node, other = _fault(tokens, parents, probability, vocab, depth, width, twins)
     if code == 0:
         return None
     return {
@@ -71,7 +73,7 @@ def _wrong_arrays(*arrays: np.ndarray) -> str | None:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _fault(
-    tokens: np.ndarray, parents: np.ndarray, probability: np.ndarray, vocab: int, depth: int, width: int
+    tokens: np.ndarray, parents: np.ndarray, probability: np.ndarray, vocab: int, depth: int, width: int, twins: bool
 ) -> tuple[int, int, int]:
     """What is wrong, with which node, and with which other; zeros if nothing is."""
     n = len(tokens)
@@ -95,7 +97,7 @@ def _fault(
         children[parent] += 1
         if children[parent] > width:
             return _WIDTH, node, 0
-        twin = youngest[parent]
+        twin = -1 if twins else youngest[parent]
         while twin >= 0 and tokens[twin] != tokens[node]:
             twin = older[twin]
         if twin >= 0:

@@ -43,6 +43,20 @@ def select(
     return tokens[kept], _renumber(parents, kept), probability[kept]
 
 
+def below(parents: Int[np.ndarray, " nodes"], node: int) -> Int[np.ndarray, " kept"]:
+    """A node and all its descendants: ascending node indices."""
+    return cast(np.ndarray, _below(parents, node))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _below(parents: np.ndarray, node: int) -> np.ndarray:
+    kept = np.zeros(len(parents), np.bool_)
+    kept[node] = True
+    for other in range(node + 1, len(parents)):
+        kept[other] = kept[parents[other]]
+    return np.flatnonzero(kept)
+
+
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _prune(
     parents: np.ndarray, probability: np.ndarray, nodes: int, depth: int, width: int, least: np.float32

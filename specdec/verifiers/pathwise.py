@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
@@ -49,6 +49,7 @@ class PathwiseVerifier:
         bound = copy(self)
         bound.model, bound.sampler, bound.stats = model, sampler, stats
         bound.topk, bound.hidden, bound.likelihood = topk, hidden, likelihood
+        bound.meanwhile = lambda: None
         bound.sources = stats.sources = [[] for _ in sampler.generated]
         return bound
 
@@ -58,6 +59,7 @@ class PathwiseVerifier:
     topk: int
     hidden: bool
     likelihood: bool
+    meanwhile: Callable[[], None]  # what the host does while a pass is under way
     sources: list[list[str]]
 
     def first(self, contexts: Sequence[Context], logits: Float[torch.Tensor, "rows last vocab"]) -> list[Verdict]:
@@ -93,8 +95,11 @@ class PathwiseVerifier:
             if graphed is None:
                 return None
             start = time.perf_counter()
-            judged = graphed(batch, self.model.lengths)
-            seconds = time.perf_counter() - start
+            judge = graphed.launch(batch, self.model.lengths)
+        self.meanwhile()
+        with self.stats.clock("verify"):
+            judged = judge()
+        seconds = time.perf_counter() - start
         with self.stats.clock("walk"):
             steps = [
                 self._descend(group, batch[row], judged.paths[row], judged.candidates[row, :, 0])
@@ -115,6 +120,8 @@ class PathwiseVerifier:
         start = time.perf_counter()
         with self.stats.clock("verify"):
             result = self.model.forward(batch, self.hidden)
+        self.meanwhile()
+        with self.stats.clock("verify"):
             result.wait()
         seconds = time.perf_counter() - start
         with self.stats.clock("walk"):

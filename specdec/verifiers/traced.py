@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,15 @@ class Recording:
         self.before = dict.fromkeys(stats.seconds, 0.0)
         self.lines: list[dict[str, Any]] = []
         self.ids: set[int] = set()
+
+    @property
+    def meanwhile(self) -> Callable[[], None]:
+        """What the host does while a pass is under way: the verifier's."""
+        return self.verifier.meanwhile
+
+    @meanwhile.setter
+    def meanwhile(self, meanwhile: Callable[[], None]) -> None:
+        self.verifier.meanwhile = meanwhile
 
     def first(self, contexts: Sequence[Context], logits: Float[Tensor, "rows last vocab"]) -> list[Verdict]:
         """The first tokens, as the verifier chooses them."""
