@@ -40,13 +40,14 @@ check: $(READY)
 
 # For a machine that does nothing else meanwhile; about 40 minutes on two cores, and it goes on where it was stopped.
 # Rivals that cannot be imported are left out: pip install --no-deps --target DIR economize flashspec, then
-# PYTHONPATH=DIR make bench.
+# PYTHONPATH=DIR make bench. DRAFT=PATH adds bench-drafts.
 bench: $(READY)
 	mkdir -p benchmarks/results artefacts
 	$(BIN)/specdec bench --max-new-tokens 64 --prompts-per-workload 2 --repeats 2 --time-cap 25 --methods $(METHODS) \
 	  --json benchmarks/results/demo.json --runs artefacts/demo.runs.jsonl \
 	  --html artefacts/demo.html --trace artefacts/demo.trace.jsonl
 	$(BIN)/python benchmarks/figures.py
+	$(if $(DRAFT),$(MAKE) bench-drafts)
 
 # What a pass costs beside what reading the weights would take; for a machine that does nothing else meanwhile.
 bench-cost: $(READY)

@@ -16,7 +16,9 @@ USUAL = (
     PLAIN,
     RIVAL,
     f"{RIVAL}, 5 guesses",
+    f"{RIVAL}, own layers",
     "chain, 4 nodes",
+    "threshold 0.6",
     "threshold 0.6, head",
     "auto policy, best-first",
     "best-first, 6 nodes",
@@ -66,8 +68,7 @@ def ways(temperature: float, every: bool = True) -> dict[str, Way]:
 
 def _ways(temperature: float) -> dict[str, Way]:
     found = {PLAIN: Way(together=True), RIVAL: Way(assisted=()), f"{RIVAL}, 5 guesses": Way(assisted=FIVE)}
-    if not temperature:
-        found[f"{RIVAL}, own layers"] = Way(assisted=(), kernels=False)
+    found[f"{RIVAL}, own layers"] = Way(assisted=(), kernels=False)
     rule = "block" if temperature else ""
     for guesses in (2, 4, 6, 12):
         found[f"chain, {guesses} nodes"] = Way("chain", FixedPolicy(guesses, guesses, 1), rule, together=guesses == 4)

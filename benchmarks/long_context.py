@@ -276,9 +276,10 @@ def main() -> None:
     for context in lengths:
         report["memory"] += memory(synthetic(2 * max(lengths), 2, 1), context)
         note("memory")
-    model, state = needle.trained(demo.cache_directory() / "benchmarks" / f"needle-{given.steps}", given.steps)
-    report["trained"] = machine(model, "needle") | {"steps": given.steps, "loss": state.figures[-1]["loss"]}
-    cpu.install(model)
+    if depths:
+        model, state = needle.trained(demo.cache_directory() / "benchmarks" / f"needle-{given.steps}", given.steps)
+        report["trained"] = machine(model, "needle") | {"steps": given.steps, "loss": state.figures[-1]["loss"]}
+        cpu.install(model)
     for context in depths:
         searched(model, context, report, note)
 
