@@ -58,24 +58,25 @@ def measure(model: Model) -> Costs:
     for size in ROUNDS * SIZES:
         if time.perf_counter() < end or len(seconds) < 2:
             seconds[size] = min(_timed(model, size), seconds.get(size, torch.inf))
-    spare = _spare(model, seconds[1])
+    spare = _spare(model)
     return Costs(seconds, *_growth(model, seconds), spare)
 
 
-def _spare(model: Model, ours: float) -> float:
+def _spare(model: Model) -> float:
     """How much longer the model's own step takes, with the cache of plain ``generate``; 0 where that is another one."""
     if not isinstance(model.cache, SlotCache):
         return 0.0
     token, cache = torch.ones(1, 1, dtype=torch.long, device=model.module.device), DynamicCache(config=model.config)
-    seconds = []
+    ours, own = list[float](), list[float]()
     try:
-        for _ in range(1 + ROUNDS):
+        for _ in range(1 + ROUNDS):  # in turns: machines are quicker now and slower then
+            ours.append(_timed(model, 1))
             start = time.perf_counter()
             model.module(token, past_key_values=cache, use_cache=True).logits[0, -1, 0].item()
-            seconds.append(time.perf_counter() - start)
+            own.append(time.perf_counter() - start)
     except Exception:  # what a model makes of a made-up text is no reason to think ill of it
         return 0.0
-    return max(0.0, min(seconds[1:]) / ours - 1)
+    return max(0.0, min(own[1:]) / min(ours[1:]) - 1)
 
 
 def _growth(model: Model, seconds: dict[int, float]) -> tuple[float, float]:

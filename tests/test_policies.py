@@ -212,9 +212,9 @@ class TestNeverSlower:
         assert played.speed() >= 0.98
         assert 0 < sum(4 * (fed - 1) for fed in played.fed) < 80
 
-    @pytest.mark.parametrize("spare", [0.05, 0.2, 5.0])
+    @pytest.mark.parametrize("spare", [0.04, 0.1, 0.2, 5.0])
     def test_less_than_half_of_what_plain_steps_save_is_risked(self, spare: float) -> None:
-        """Where plain ``generate`` takes longer for its steps than we for ours: up to a tenth of a step is risked."""
+        """Where plain ``generate`` takes longer for its steps than we: up to a twentieth of a step is risked."""
         text = [(simulation.random_text(0, 100, vocab=20), simulation.random_text(1, 600, vocab=20))]
         asked = []
         for known in (0.0, spare):
@@ -223,8 +223,8 @@ class TestNeverSlower:
             policy = ThroughputPolicy(Costs(QUICK, spare=known), clock=clock)
             played = simulation.play(text, liar, policy, clock, seconds)
             asked.append(liar.asked)
-            assert min(played.speed(100), played.speed()) >= 0.98 - min(0.4 * known, 0.1)
-        assert asked[1] > 1.2 * asked[0]
+            assert min(played.speed(100), played.speed()) >= 0.98 - min(0.5 * max(0.0, known - 0.05), 0.05)
+        assert (asked[1] > 1.1 * asked[0]) == (spare > 0.05)
 
     @pytest.mark.parametrize("table", ["kernels", "quick"])
     def test_the_next_hopeless_text_loses_less(self, table: str) -> None:

@@ -24,7 +24,9 @@ ASKS = 16  # drafts that may have to be asked for until one is worth verifying
 # tokens say little.
 LAG, START = 20.0, 16
 SCARCE = 0.15  # how much more a tree must promise when nothing may be lost any more
-SPARED, MOST_SPARED = 0.4, 0.1  # of what our steps save beside plain generate's may be lost; and of a step at most
+# Of what our steps save beside plain generate's, as a share of a step: so much is in doubt; half of the rest may be
+# lost, but no more than this.
+DOUBTED, SPARED, MOST_SPARED = 0.05, 0.5, 0.05
 LEAST = 0.4  # plain steps that a text may lose besides a try, whatever was lost on the one before
 NOTHING, ROOT, UNTIMED = Budget(0, 0, 0), np.zeros(1, np.int64), np.empty(0)
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
@@ -78,11 +80,11 @@ class ThroughputPolicy:
     T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
     in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
     ``Allowance`` for each text, in plain steps: at worst 1.4 of them and 0.6% of the time are lost on it, and less
-    where the text before it lost all. Where our steps are quicker than those of plain ``generate``, 0.4 of what that
-    saves may be lost too, up to 10% of a step. The less may still be lost, and the less sure it is what passes cost,
-    the more must a tree promise. Where none can be afforded, drafters are only told to catch up until one can, which
-    is what pays for trying again. A call that takes longer than all this is not made again before it has been paid
-    off, by later texts if need be.
+    where the text before it lost all. Where our steps are clearly quicker than those of plain ``generate``, part of
+    what that saves may be lost too, up to 5% of a step. The less may still be lost, and the less sure it is what passes
+    cost, the more must a tree promise. Where none can be afforded, drafters are only told to catch up until one can,
+    which is what pays for trying again. A call that takes longer than all this is not made again before it has been
+    paid off, by later texts if need be.
 
     The rule is the one behind SpecDec++'s threshold (arXiv 2405.19715) and Sequoia's hardware-aware tree
     (arXiv 2402.12374), with estimates made on line. Threads may share one: what is lost to a race does no harm.
@@ -220,7 +222,7 @@ class ThroughputPolicy:
             spent += self.costs.time(step.nodes, step.context, rows) / step.plain - 1
             spent += self.costs.doubt(step.nodes, rows)
             tokens = float(np.average(committed, weights=self._weights(contexts)))
-        spared = min(SPARED * self.costs.spare, MOST_SPARED)
+        spared = min(SPARED * max(0.0, self.costs.spare - DOUBTED), MOST_SPARED)
         step.text.allowance.settle(spent, tokens * (1 + spared) - spent)
         self.left = step.text.allowance.left
 
