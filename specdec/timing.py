@@ -58,7 +58,8 @@ def measure(model: Model) -> Costs:
     for size in ROUNDS * SIZES:
         if time.perf_counter() < end or len(seconds) < 2:
             seconds[size] = min(_timed(model, size), seconds.get(size, torch.inf))
-    spare = _spare(model)
+    soon = 2 * (1 + ROUNDS) * seconds[1] < TIMING_SECONDS  # else the user would wait for it
+    spare = _spare(model) if soon else 0.0
     return Costs(seconds, *_growth(model, seconds), spare)
 
 

@@ -259,7 +259,12 @@ class TestAttaching:
             return costs.spare
 
         assert spare(1e-7) > 10
+        assert spare(0.07) == 0
         assert spare(1e7) == 0
+        timed = list[int]()
+        monkeypatch.setattr(timing, "_spare", lambda model: timed.append(1) or 1.0)
+        assert spare(1e7) == 0
+        assert not timed, "where passes are slow, nobody waits for more of them"
 
     def test_that_it_cannot_be_measured_is_no_reason_to_draft_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuses(model: Any) -> bool:
