@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -20,6 +21,45 @@ class Rows(NamedTuple):
     first: int
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class Open(NamedTuple):
+    """Where the nodes of a pass go in all layers alike, for who writes them there in person.
+
+    Attributes:
+        addresses: of the first key and the first value of each layer, [layers, 2].
+        strides: numbers from one row, head or slot to the next.
+        shape: rows, heads, slots that attention may look at, and numbers in a head.
+        starts: the slot of each row's first node.
+    """
+
+    addresses: Int[np.ndarray, "layers 2"]
+    strides: tuple[int, int, int]
+    shape: tuple[int, int, int, int]
+    starts: Int[np.ndarray, " rows"]
+
+
+class Memory(NamedTuple):
+    """Where a layer's buffers are.
+
+    Attributes:
+        keys, values: the buffers.
+        addresses: of their first numbers.
+        shape: of both; () where they are not alike, dense, and float32 on the CPU.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    addresses: tuple[int, int]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Memory:
+        """Look them up."""
+        both = keys, values
+        dense = all(each.is_contiguous() and each.dtype == torch.float32 and each.device.type == "cpu" for each in both)
+        shape = tuple(keys.shape) if dense and keys.shape == values.shape else ()
+        return cls(keys, values, (keys.data_ptr(), values.data_ptr()), shape)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -41,6 +81,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.lengths: list[int] = [0]
         self.offset = 0
         self._shown = 0, 0
+        self._memory: Memory | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate slots shaped after the first keys and values."""
@@ -92,20 +133,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Whether it holds the same tokens as another, keys and values in alike buffers of float32 on the CPU."""
         if not self.is_initialized or not other.is_initialized or self.lengths != other.lengths:
             return False
-        ours, theirs = self._keys, other._keys
-        shape = ours.shape == theirs.shape == self._values.shape and self.offset == other.offset
-        return shape and ours.dtype == torch.float32 and not ours.is_cuda and ours.is_contiguous()
+        shape = self.memory.shape
+        return len(shape) > 0 and shape == other.memory.shape and self.offset == other.offset
 
-    def open(self, nodes: int) -> tuple[int, int]:
-        """Count so many nodes behind each row's length as written; the addresses of the first key and value.
+    def __getstate__(self) -> dict[str, Any]:
+        """All but where the buffers are: a copy has its own."""
+        return {**vars(self), "_memory": None}
 
-        For who writes them there in person: a float32 layer without a window, on the CPU.
-        """
-        first, end = self._first() - self.offset, max(self.lengths) - self.offset + nodes
-        self._reserve(end)
-        self.lengths = [length + nodes for length in self.lengths]
-        self._show(first, end)
-        return self._keys.data_ptr(), self._values.data_ptr()
+    @property
+    def memory(self) -> Memory:
+        """Where the buffers are; looked up once for each pair of them."""
+        if self._memory is None or self._memory.keys is not self._keys or self._memory.values is not self._values:
+            self._memory = Memory.of(self._keys, self._values)
+        return self._memory
 
     def _write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put a pass's keys, or values, behind each row's length."""
@@ -161,8 +201,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for slots in (self._keys, self._values):
             slots[row] = slots[last]
             slots[last] = 0  # who comes next must not meet what is no number, nor anybody else's text
-        self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:last]
+        # A new list: layers of one cache may share one.
+        self.lengths = [self.lengths[last] if i == row else length for i, length in enumerate(self.lengths[:last])]
         self._show()
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]], moves: torch.Tensor | None) -> None:
@@ -265,6 +305,28 @@ class SlotCache(Cache):  # type: ignore[misc]
     def lengths(self) -> list[int]:
         """Tokens held, per batch row."""
         return list(self.slots[0].lengths)
+
+    def open(self, rows: int, nodes: int) -> Open | None:
+        """Count so many nodes behind each row's length as written in all layers, and say where.
+
+        None, and nothing has happened, where the layers do not hold the same tokens of so many rows in alike buffers of
+        float32 on the CPU, or look back no further than a window.
+        """
+        layers = self.slots
+        if not layers or len(layers) < len(self.layers) or len(layers[0].lengths) != rows:
+            return None
+        first = layers[0]
+        if any(type(layer) is not SlotLayer or layer.window is not None or not layer.like(first) for layer in layers):
+            return None
+        lengths, starts = [length + nodes for length in first.lengths], np.array(first.lengths) - first.offset
+        end = max(lengths) - first.offset
+        for layer in layers:
+            layer._reserve(end)
+            layer.lengths, layer._shown = lengths, (0, end)
+        _, heads, capacity, dim = first.memory.shape
+        strides = heads * capacity * dim, capacity * dim, dim
+        addresses = np.array([layer.memory.addresses for layer in layers])
+        return Open(addresses, strides, (rows, heads, end, dim), starts)
 
     def keep(self, base: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the nodes a pass wrote behind the rows' lengths ``base``, keep each row's path and forget the rest."""

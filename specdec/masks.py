@@ -32,18 +32,12 @@ class Layout:
     def of(cls, batch: Sequence[DraftTree], width: int) -> Layout:
         """Lay out trees of at most ``width`` nodes."""
         rows = len(batch)
-        if width == max(map(len, batch)) == 1:
-            roots = torch.tensor([[int(tree.tokens[0])] for tree in batch])
-            return cls(roots, torch.zeros_like(roots), torch.ones(rows, 1, 1, dtype=torch.bool))
         tokens = np.zeros((rows, width), np.int64)
         depth = np.zeros((rows, width), np.int64)
-        ancestors = np.zeros((rows, width, width), np.bool_)
-        ancestors[:] = np.eye(width, dtype=np.bool_)
+        ancestors = np.empty((rows, width, width), np.bool_)
         for row, tree in enumerate(batch):
-            n = len(tree)
-            tokens[row, :n] = tree.tokens
-            depth[row, :n] = trees.depths(tree.parents)
-            ancestors[row, :n, :n] = trees.ancestor_matrix(tree.parents)
+            tokens[row, : len(tree)] = tree.tokens
+            trees.lay_out(tree.parents, depth[row], ancestors[row])
         return cls(torch.from_numpy(tokens), torch.from_numpy(depth), torch.from_numpy(ancestors))
 
     def to(self, device: torch.device) -> Layout:

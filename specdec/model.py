@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
@@ -21,7 +22,8 @@ from specdec.core import DraftTree, Unsupported
 from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
 from specdec.offloaded_cache import slots_of
 from specdec.shared_prefix import SharedCache, copies, hooked, one_of, spread
-from specdec.short_stack import ShortStack
+from specdec.short_stack import NOWHERE_HIDDEN, ShortStack
+from specdec.straight_pass import StraightPass
 
 if TYPE_CHECKING:
     from specdec.graphed import GraphedSteps
@@ -91,6 +93,8 @@ class Model:
 
     graphs: GraphedSteps | None = None
     _advanced = False  # further than the cache knows
+    _looked = False  # whether the module has been asked for the next
+    _direct: StraightPass | None = None  # without what is around the layers
 
     def __init__(self, module: nn.Module, form: Form) -> None:
         self.module: Any = module
@@ -198,12 +202,33 @@ class Model:
 
     def _straight(self, layout: Layout) -> torch.Tensor | None:
         """Logits without what transformers does around the layers, where they can be had so."""
+        if not self._looked:
+            self._looked, self._direct = True, self._found_straight()
+        if self._direct is None or self.shift is None or type(self.cache) is not SlotCache:
+            return None
+        positions = self.shift.numpy() + np.array(self.lengths)[:, None] + layout.depth.numpy()
+        return self._direct.logits(layout.tokens.numpy(), positions, self._seen(layout, self.cache), self.cache)
+
+    def _found_straight(self) -> StraightPass | None:
+        """How to pass by what transformers does around the layers, if the module as it is now allows that."""
         stack = vars(getattr(self.module, "base_model", self.module)).get("forward")
-        if not isinstance(stack, ShortStack) or stack.model is not self.module or self.shift is None:
+        if not isinstance(stack, ShortStack) or stack.model is not self.module or self.extras or self.widths:
             return None
-        if self.extras or self.widths or self.form.per_type:
-            return None
-        return stack.logits(layout.tokens, self._mask(layout), self._positions(layout, self.shift), self.cache)
+        far = self.shift is not None and self.shift.ndim == 2 and list((reaches(self.config) or {}).values())
+        return stack.straight() if far == [Reach()] else None
+
+    def _seen(self, layout: Layout, cache: SlotCache) -> Bool[np.ndarray, "rows nodes slots"]:
+        """Which slots of layers that look back without limit each node may look at; of no rows where it is all."""
+        (rows, nodes), longest, slots = layout.tokens.shape, max(self.lengths), cache.slots[0]
+        hidden = None if self.visible is None or self.visible.numpy().all() else self.visible
+        if hidden is not None or min(self.lengths) < longest or rows > 1 < nodes:
+            columns, offset = slots.get_mask_sizes(nodes)
+            return tree_mask(layout, self.lengths, Reach(), columns, offset, hidden)[:, 0].contiguous().numpy()
+        if nodes == 1:
+            return NOWHERE_HIDDEN
+        seen = np.ones((1, nodes, longest - slots.offset + nodes), np.bool_)
+        seen[0, :, -nodes:] = layout.ancestors[0].numpy()
+        return seen
 
     def _width(self, batch: Sequence[DraftTree]) -> int:
         n = max(map(len, batch))

@@ -112,17 +112,25 @@ class ShortLayer:
         """Whether this pass may be ours."""
         mask, turns, cache = attention_mask, position_embeddings, past_key_values
         batch, nodes, _ = x.shape
-        if batch * nodes > self.most or x.dtype != torch.float32 or x.device.type != "cpu" or cache is None:
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if not self.runs(batch * nodes) or x.dtype != torch.float32 or x.device.type != "cpu" or cache is None:
             return False
         if self.layer.training or not isinstance(turns, tuple):
             return False
         masked = mask.dtype == torch.bool and mask.shape[1] == 1 if isinstance(mask, torch.Tensor) else nodes == 1
         asked = any(value is not None and name not in IGNORED for name, value in others.items())
+        return masked and not asked and self.untouched()
+
+    def runs(self, rows: int) -> bool:
+        """Whether so few rows may be ours, where nothing is recorded and attention is not somebody else's just now."""
+        others = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
         # looking the attribute itself up there runs code
         taken = vars(self.attention.config)["_attn_implementation_internal"] in TAKEN
-        return masked and not asked and taken and self.untouched()
+        return rows <= self.most and taken and not others
+
+    def norms_as(self, norm: Any) -> bool:
+        """Whether another norm differs from this layer's in its weight only."""
+        alike = type(norm) is type(self.layer.input_layernorm) and "forward" not in vars(norm)
+        return alike and _eps(norm) == self.eps and norm.weight.shape == self.norm.shape and plain(norm.weight)
 
     def untouched(self) -> bool:
         """Whether the parts are still the layer's own, and nobody listens to them."""
@@ -132,7 +140,7 @@ class ShortLayer:
         """Whether the weights are where they were, or have been looked up where they are now."""
         if self.addresses == addresses(self.held):
             return True
-        if not all(_plain(parameters[name]) for parameters, name in self.held):
+        if not all(plain(parameters[name]) for parameters, name in self.held):
             return False
         self._read()
         return True
@@ -232,10 +240,10 @@ def fits(layer: Any) -> bool:
     if not all(type(part) is nn.Linear for part in linears) or not all("weight" in part._parameters for part in norms):
         return False
     owned = {id(tensor) for part in (*linears, *norms) for tensor in part._parameters.values()}
-    plain = all(_plain(tensor) and id(tensor) in owned for tensor in layer.parameters())
+    own = all(plain(tensor) and id(tensor) in owned for tensor in layer.parameters())
     untouched = all("forward" not in vars(module) for module in layer.modules())
     alike = len({_eps(part) for part in norms}) == 1 and _eps(norms[0]) > 0
-    return plain and untouched and alike and not list(layer.buffers()) and _shaped(parts) and _gates(parts["act_fn"])
+    return own and untouched and alike and not list(layer.buffers()) and _shaped(parts) and _gates(parts["act_fn"])
 
 
 def _shaped(parts: dict[str, Any]) -> bool:
@@ -261,7 +269,7 @@ def _gates(act: nn.Module) -> bool:
         return torch.allclose(act(x), functional.silu(x), atol=1e-6)
 
 
-def _plain(tensor: torch.Tensor) -> bool:
+def plain(tensor: torch.Tensor) -> bool:
     """Whether it is float32 numbers in a row on the CPU; a quantised tensor only says so."""
     kind = type(tensor) is nn.Parameter and type(tensor.data) is torch.Tensor and tensor.dtype == torch.float32
     return kind and tensor.device.type == "cpu" and tensor.is_contiguous()

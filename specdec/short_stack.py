@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import nn
 from transformers.utils import output_capturing
 
-from specdec.cache import SlotCache, SlotLayer
+from specdec.cache import Open, SlotCache
 from specdec.short_layer import RECORDING, ShortLayer, addresses, alone
+from specdec.straight_pass import StraightPass
 
 ENDS = ("embed_tokens", "rotary_emb", "norm")  # what a plain decoder has besides its layers
+NOTHING, NOWHERE_HIDDEN = np.empty(0, np.float32), np.empty((0, 0, 0), np.bool_)
+Tables = tuple[np.ndarray, ...]  # addresses by layer: of weights, biases, and norms
 RUNNING: ContextVar[Running | None] = ContextVar("RUNNING", default=None)  # the pass of a ShortStack that is under way
 
 
@@ -26,8 +29,8 @@ class ShortStack:
     rotary embeddings are its own. Layers run one by one where the cache is not made of alike ``SlotLayer``s, where
     somebody listens to a layer, and wherever a ``ShortLayer`` leaves a pass to the layer itself.
 
-    What transformers does around the layers takes a millisecond. Where ``model`` says nothing but what its embedding,
-    layers, norm and head do, one after the other, its ``logits`` can be had without.
+    Where ``model`` says nothing but what its embedding, layers, norm and head do, one after the other, its logits can
+    be had ``straight``.
 
     Args:
         owner: the module.
@@ -53,7 +56,7 @@ class ShortStack:
         self.held = [each for layer in self.layers for each in layer.held]
         self.addresses = addresses(self.held)
         tables = [[_address(part) for part in parts] for layer in self.layers for parts in layer.tables]
-        self.tables = tuple(np.array(tables[kind::3]) for kind in range(3))
+        self.tables: Tables = tuple(np.array(tables[kind::3]) for kind in range(3))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``, its layers told that they are run in order.
@@ -71,30 +74,33 @@ class ShortStack:
             raise self._surprised("leaves out its last layers")
         return output
 
+    def straight(self) -> StraightPass | None:
+        """How to have what ``model`` says without asking it; None where somebody may listen to a part of it."""
+        if self.model is None or self._code() != self._known or not self._intact():
+            return None
+        embed, rotary, norm = (self.owner.get_submodule(name) for name in ENDS)
+        heard = (self.model, self.owner, embed, rotary, norm)
+        if any(each._forward_hooks or each._forward_pre_hooks for each in heard):
+            return None
+        return StraightPass(self, embed, rotary, norm, self.model.get_output_embeddings())
+
     def logits(
         self, tokens: Int[torch.Tensor, "rows nodes"], mask: Any, positions: torch.Tensor, cache: Any
     ) -> Float[torch.Tensor, "rows nodes vocab"] | None:
-        """What ``model`` says of a pass; None where it must be asked itself, and somebody may listen to it.
+        """What ``model`` says of a pass; None where it must be asked itself.
 
         Args:
             mask, positions: as the model takes them.
         """
-        embed, rotary, norm = (self.owner.get_submodule(name) for name in ENDS)
-        heard = (self.model, self.owner, embed, rotary, norm)
-        if positions.ndim != 2 or any(each._forward_hooks or each._forward_pre_hooks for each in heard):
+        if positions.ndim != 2 or (straight := self.straight()) is None:
             return None
-        if self._code() != self._known or not self._can(cache, len(tokens)):
-            return None
+        seen = NOWHERE_HIDDEN
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             if tokens.shape[1] > 1 or not bool(mask.all()):
                 return None
-            mask = None  # a single token sees all there is
-        hidden = embed(tokens)
-        turns = rotary(hidden, position_ids=positions)
-        if not self.layers[0].can(hidden, mask, turns, cache):
-            return None
-        said: torch.Tensor = self.model.get_output_embeddings()(norm(self._run(hidden, mask, turns, cache)))
-        return said
+        elif mask is not None:
+            seen = mask[:, 0].expand(*tokens.shape, -1).contiguous().numpy()
+        return straight.logits(tokens.numpy(), positions.expand_as(tokens).contiguous().numpy(), seen, cache)
 
     def lead(self, model: Any) -> bool:
         """Be asked for the ``logits`` of a causal LM, if it may be one for which they are right."""
@@ -118,7 +124,7 @@ class ShortStack:
         given = [kwargs.get(name) for name in ("attention_mask", "position_embeddings", "past_key_values")]
         if layer is self.layers[0]:
             running.given, running.result, running.passed = given, None, 0
-            if layer.can(hidden, **kwargs) and self._can(given[2], len(hidden)):
+            if layer.can(hidden, **kwargs) and self._intact():
                 running.result = self._run(hidden, *given)
         elif running.result is not None and not running.goes_on(layer, hidden, given):
             raise self._surprised("changes what its layers are given from one to the next")
@@ -128,18 +134,17 @@ class ShortStack:
     def _surprised(self, what: str) -> RuntimeError:
         return RuntimeError(f"{type(self.owner).__name__} {what}: wrap the model with cpu_kernels=False")
 
-    def _can(self, cache: Any, batch: int) -> bool:
-        if type(cache) is not SlotCache or len(cache.layers) != len(self.layers):
-            return False
-        first = cache.layers[0]
-        plain = all(type(slots) is SlotLayer and slots.window is None and slots.like(first) for slots in cache.layers)
-        if not plain or len(first.lengths) != batch:
-            return False
+    def _intact(self) -> bool:
+        """Whether the layers are still those that were joined, each a ``ShortLayer``'s, and nobody listens to them."""
         if [vars(module).get("forward") for module in self.modules] != self.layers:
             return False
         if any(layer.layer.training or _heard(layer.layer) for layer in self.layers):
             return False
         return alone(self.parts) and self._found()
+
+    def runs(self, rows: int) -> bool:
+        """Whether so few rows may be ours just now."""
+        return self.layers[0].runs(rows)
 
     def _found(self) -> bool:
         """Whether all weights are where they were, or have been looked up where they are now."""
@@ -150,22 +155,45 @@ class ShortStack:
         self._read()
         return True
 
-    def _run(self, hidden: torch.Tensor, mask: Any, turns: Any, cache: Any) -> torch.Tensor:
-        from specdec.kernels.stack_numba import stack  # compiles or loads: on first use
-
+    def _run(self, hidden: torch.Tensor, mask: Any, turns: Any, cache: Any) -> torch.Tensor | None:
+        """What the last layer says; None, and nothing has happened, where the cache's layers are not alike."""
         batch, nodes, width = hidden.shape
-        first, numbers = self.layers[0], hidden.reshape(batch * nodes, width).contiguous().numpy()
-        cos, sin, seen, threads = first.shared.read(turns, mask, batch, nodes)
-        weights, biases, norms = self.tables
-        starts = np.array(cache.layers[0].lengths) - cache.layers[0].offset
-        slots = np.array([layer.open(nodes) for layer in cache.layers])
-        keys = cache.layers[0].keys
-        assert not len(seen) or seen.shape[2] == keys.shape[2], "a mask has a column for each of the cache's slots"
-        y = stack(
-            numbers, weights, biases, norms, first.eps, cos, sin, slots, keys.stride()[:3], tuple(keys.shape), starts,
-            seen, first.scale, len(first.wq) // first.dim, len(first.wg), threads,
-        )  # fmt: skip
+        slots = cache.open(batch, nodes) if type(cache) is SlotCache and len(cache.layers) == len(self.layers) else None
+        if slots is None:
+            return None
+        cos, sin, seen, _ = self.layers[0].shared.read(turns, mask, batch, nodes)
+        x = hidden.reshape(batch * nodes, width).contiguous().numpy()
+        y = self.through(self.tables, x, cos, sin, seen, slots)
         return torch.from_numpy(y).view(batch, nodes, width)
+
+    def through(
+        self,
+        tables: Tables,
+        x: Float32[np.ndarray, "nodes width"],
+        cos: Float32[np.ndarray, "nodes rotated"],
+        sin: Float32[np.ndarray, "nodes rotated"],
+        seen: Bool[np.ndarray, "rows nodes slots"],
+        slots: Open,
+        norm: Float32[np.ndarray, " width"] | None = None,
+    ) -> Float32[np.ndarray, "nodes width"]:
+        """What the last layer says of all rows' nodes, whose keys and values are written to the slots that are open.
+
+        Args:
+            tables: where the layers' numbers are.
+            seen: the slots that a node may look at; of no rows where all may look at all.
+            norm: weight of a norm behind the last layer.
+        """
+        from specdec.kernels.linear_numba import use_threads  # compiles or loads: on first use
+        from specdec.kernels.stack_numba import stack
+
+        assert not len(seen) or seen.shape[2] == slots.shape[2], "a mask has a column for each of the cache's slots"
+        use_threads(threads := torch.get_num_threads())
+        first, last = self.layers[0], NOTHING if norm is None else norm
+        y: np.ndarray = stack(
+            x, *tables, first.eps, cos, sin, slots.addresses, slots.strides, slots.shape, slots.starts, seen,
+            first.scale, len(first.wq) // first.dim, len(first.wg), last, threads,
+        )  # fmt: skip
+        return y
 
 
 def _address(part: np.ndarray) -> int:

@@ -63,7 +63,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     """How many passes of ours each layer has made, by itself or with the others."""
     counts: Counter[Any] = Counter()
-    single, together = ShortLayer._run, ShortStack._run
+    single, together = ShortLayer._run, ShortStack.through
 
     def counted(self: ShortLayer, *args: Any) -> Any:
         counts[self.layer] += 1
@@ -74,7 +74,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
         return together(self, *args)
 
     monkeypatch.setattr(ShortLayer, "_run", counted)
-    monkeypatch.setattr(ShortStack, "_run", all_counted)
+    monkeypatch.setattr(ShortStack, "through", all_counted)
     return counts
 
 

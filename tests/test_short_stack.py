@@ -15,11 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 
 import specdec
 from specdec import cpu
-from specdec.cache import SlotCache, SlotLayer
+from specdec.cache import Open, SlotCache, SlotLayer
 from specdec.drafters import NgramDrafter
 from specdec.policies import FixedPolicy
 from specdec.short_layer import ShortLayer
 from specdec.short_stack import ShortStack
+from specdec.straight_pass import StraightPass
 from tests.tiny import model as tiny_model
 from tests.tiny import prompt, quick_layers
 
@@ -34,13 +35,14 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The nodes of each pass that went through all layers in one call."""
     nodes: list[int] = []
-    own = ShortStack._run
+    own = ShortStack.through
 
-    def counted(self: ShortStack, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
-        nodes.append(hidden.shape[1])
-        return own(self, hidden, *args)
+    def counted(self: ShortStack, tables: Any, x: Any, *args: Any) -> Any:
+        (slots,) = (arg for arg in args if isinstance(arg, Open))
+        nodes.append(len(x) // len(slots.starts))
+        return own(self, tables, x, *args)
 
-    monkeypatch.setattr(ShortStack, "_run", counted)
+    monkeypatch.setattr(ShortStack, "through", counted)
     return nodes
 
 
@@ -351,8 +353,8 @@ class TestStraight:
         model = build()
         ours, rows = said(model, straight=True)
         expected, others = said(model)
-        assert torch.equal(ours, expected.logits)
-        assert torch.equal(rows.layers[2].values, others.layers[2].values)
+        alike(ours, expected.logits)
+        alike(rows.layers[2].values, others.layers[2].values)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_of_a_copy_are_the_copys(self, copied: Callable[[Any], Any]) -> None:
@@ -361,12 +363,12 @@ class TestStraight:
         with torch.no_grad():
             other.model.norm.weight.mul_(2)
         assert stack_of(other).model is other
-        assert torch.equal(said(other, straight=True)[0], said(other)[0].logits)
+        alike(said(other, straight=True)[0], said(other)[0].logits)
 
     def test_are_those_of_other_embeddings(self) -> None:
         model = build()
         model.resize_token_embeddings(model.config.vocab_size + 7)
-        assert torch.equal(said(model, straight=True)[0], said(model)[0].logits)
+        alike(said(model, straight=True)[0], said(model)[0].logits)
 
     @pytest.mark.parametrize("visible", [True, False])
     def test_of_a_token_behind_padding_are_not_had(self, visible: bool) -> None:
@@ -380,7 +382,7 @@ class TestStraight:
                 assert ours is None
                 return
             cache.keep([8], [()])
-            assert torch.equal(ours, model(input_ids=prompt(1), past_key_values=cache, use_cache=True).logits)
+            alike(ours, model(input_ids=prompt(1), past_key_values=cache, use_cache=True).logits)
 
     @pytest.mark.parametrize("where", LISTENERS)
     def test_are_not_had_where_somebody_listens(self, where: str) -> None:
@@ -425,14 +427,14 @@ class TestStraight:
         alike(said(model)[0].logits, said(plain(model))[0].logits)
 
     def test_a_generation_asks_for_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model, own, had = build(), ShortStack.logits, list[bool]()
+        model, own, had = build(), StraightPass.logits, list[bool]()
 
-        def noted(self: ShortStack, *given: Any) -> Any:
+        def noted(self: StraightPass, *given: Any) -> Any:
             result = own(self, *given)
             had.append(result is not None)
             return result
 
-        monkeypatch.setattr(ShortStack, "logits", noted)
+        monkeypatch.setattr(StraightPass, "logits", noted)
         asked = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
         expected = plain(model).generate(prompt(8), **asked)
         with specdec.speculating(model, NgramDrafter(), FixedPolicy(4, 4, 1)):

@@ -32,16 +32,16 @@ def before_cache(
     """
     heads, groups = q.shape[1] // dim, k.shape[1] // dim
     for t in prange(threads):
-        normed = _normed(x, norm, eps)
+        rows = normed(x, norm, eps)
         for head in range((heads + 2 * groups) * t // threads, (heads + 2 * groups) * (t + 1) // threads):
             if head < heads:
-                _head(normed, wq, bq, q, head * dim, dim)
+                _head(rows, wq, bq, q, head * dim, dim)
                 _turned(q, head * dim, dim, q_norm, eps, cos, sin)
             elif head < heads + groups:
-                _head(normed, wk, bk, k, (head - heads) * dim, dim)
+                _head(rows, wk, bk, k, (head - heads) * dim, dim)
                 _turned(k, (head - heads) * dim, dim, k_norm, eps, cos, sin)
             else:
-                _head(normed, wv, bv, v, (head - heads - groups) * dim, dim)
+                _head(rows, wv, bv, v, (head - heads - groups) * dim, dim)
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
@@ -209,10 +209,10 @@ def after_attention(
         outputs_of(seen, wo, middle, first, last)
         _add(middle, x, bo, first, last)
     for t in prange(threads):
-        normed = _normed(middle, norm, eps)
+        rows = normed(middle, norm, eps)
         first, last = len(wg) * t // threads, len(wg) * (t + 1) // threads
-        outputs_of(normed, wg, gate, first, last)
-        outputs_of(normed, wu, up, first, last)
+        outputs_of(rows, wg, gate, first, last)
+        outputs_of(rows, wu, up, first, last)
         _gated(gate, up, bg, bu, first, last)
     for t in prange(threads):
         first, last = len(wd) * t // threads, len(wd) * (t + 1) // threads
@@ -221,12 +221,25 @@ def after_attention(
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
-def _normed(x: Any, weight: Any, eps: float) -> Any:
+def normed(x: Any, weight: Any, eps: float) -> Any:
     """RMSNorm of each row."""
     y = np.empty_like(x)
     for n in range(len(x)):
         _norm(x[n], weight, eps, y[n])
     return y
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def turns(positions: Any, frequencies: Any, scaling: Any) -> tuple[Any, Any]:
+    """cos and sin [positions, twice the frequencies] of rotary embeddings, both times ``scaling``."""
+    half = len(frequencies)
+    cos, sin = np.empty((len(positions), 2 * half), np.float32), np.empty((len(positions), 2 * half), np.float32)
+    for n, position in enumerate(positions):
+        for i in range(half):
+            angle = np.float32(position) * frequencies[i]
+            cos[n, i] = cos[n, half + i] = np.cos(angle) * scaling
+            sin[n, i] = sin[n, half + i] = np.sin(angle) * scaling
+    return cos, sin
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from specdec.kernels.layer_numba import after_cache, before_cache
+from specdec.kernels.layer_numba import after_cache, before_cache, normed
 from specdec.kernels.tile_numba import floats
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def stack(
     x: Any, weights: Any, biases: Any, norms: Any, eps: float, cos: Any, sin: Any, slots: Any, strides: Any,
-    shape: Any, starts: Any, mask: Any, scale: float, heads: int, inner: int, threads: int,
+    shape: Any, starts: Any, mask: Any, scale: float, heads: int, inner: int, last: Any, threads: int,
 ) -> Any:  # fmt: skip
     """What the last layer says of ``x`` [batch * nodes, width]; writes keys and values to the slots of all layers.
 
@@ -31,6 +31,7 @@ def stack(
         strides, shape, mask, scale: see ``after_cache``.
         starts: the slot of each batch row's first node.
         inner: outputs of the gate.
+        last: weight of a norm behind the last layer; of length 0 for none.
     """
     (rows, width), groups, dim = x.shape, shape[1], shape[3]
     q = np.empty((rows, heads * dim), np.float32)
@@ -54,7 +55,7 @@ def stack(
             _vector(b[6], width), y, threads,
         )  # fmt: skip
         x = y
-    return x
+    return normed(x, last, eps) if len(last) else x
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

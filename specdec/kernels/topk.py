@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -70,14 +71,10 @@ def _runs(impl: Literal["numba", "triton"], logits: Tensor) -> bool:
 def _numba(logits: Tensor, k: int) -> Tensor:
     from specdec.kernels.topk_numba import topk as kernel
 
-    (rows, vocab), logits = logits.shape, logits.detach().float()
-    if k == 0 or rows == 0:
-        return torch.empty(rows, k, dtype=torch.int64)
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    stride = logits.stride(0)
-    flat = logits.as_strided(((rows - 1) * stride + vocab,), (1,))
-    return torch.from_numpy(kernel(flat.numpy(), rows, stride, vocab, k))
+    if k == 0 or len(logits) == 0:
+        return torch.empty(len(logits), k, dtype=torch.int64)
+    values = logits.detach().float().numpy()
+    return torch.from_numpy(kernel(np.ascontiguousarray(values), k))
 
 
 def _triton(logits: Tensor, k: int) -> Tensor:

@@ -14,14 +14,15 @@ _MAGNITUDE, _INFINITY, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000  # float32 bits
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def topk(flat: np.ndarray, rows: int, stride: int, vocab: int, k: int) -> np.ndarray:
-    """Best entries of ``rows`` rows of ``vocab`` float32, ``stride`` apart in ``flat``; 1 <= k <= vocab."""
+def topk(logits: np.ndarray, k: int) -> np.ndarray:
+    """Best entries of each row of ``logits`` [rows, vocab], float32 and contiguous; 1 <= k <= vocab."""
+    rows, vocab = logits.shape
     out = np.empty((rows, k), np.int64)
     best = np.empty(k, np.float32)
     maxima = np.empty(-(-vocab // _BLOCK), np.float32)
     blocks = np.empty(min(k, len(maxima)), np.int64)
     for row in range(rows):
-        values = flat[row * stride : row * stride + vocab]
+        values = logits[row]
         _block_maxima(values.view(np.int32), maxima.view(np.int32))
         _search(maxima, 0, len(maxima), blocks, best, 0)
         found = 0

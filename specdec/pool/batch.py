@@ -53,6 +53,7 @@ class Batch(Model):
             if self.shift is not None and row.shift is not None:
                 self.shift = torch.cat([self.shift, row.shift])
         self.lengths = [*self.lengths, *row.lengths]
+        self._looked = False  # the module may have been changed since the last one joined
 
     def leave(self, row: int) -> None:
         """Forget a row; the last one takes its place."""

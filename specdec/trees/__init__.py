@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from specdec.trees.graph import to_networkx
     from specdec.trees.growth import grow, grow_adjacency
     from specdec.trees.path import child, follow, greedy_path
-    from specdec.trees.shape import ancestor_matrix, ancestor_words, depths, is_chain, positions
+    from specdec.trees.shape import ancestor_matrix, ancestor_words, depths, is_chain, lay_out, positions
     from specdec.trees.soundness import fault
     from specdec.trees.subtree import below, prune, select
     from specdec.trees.template import expand_template
@@ -31,6 +31,7 @@ __all__ = [
     "grow",
     "grow_adjacency",
     "is_chain",
+    "lay_out",
     "merge",
     "positions",
     "prune",
@@ -44,7 +45,7 @@ _MODULES = {
     "graph": ("to_networkx",),
     "growth": ("grow", "grow_adjacency"),
     "path": ("child", "follow", "greedy_path"),
-    "shape": ("ancestor_matrix", "ancestor_words", "depths", "is_chain", "positions"),
+    "shape": ("ancestor_matrix", "ancestor_words", "depths", "is_chain", "lay_out", "positions"),
     "soundness": ("fault",),
     "subtree": ("below", "prune", "select"),
     "template": ("expand_template",),

@@ -29,6 +29,13 @@ def ancestor_matrix(parents: Int[np.ndarray, " nodes"]) -> Bool[np.ndarray, "nod
     return cast(np.ndarray, _ancestor_matrix(parents))
 
 
+def lay_out(
+    parents: Int[np.ndarray, " nodes"], depth: Int[np.ndarray, " width"], ancestors: Bool[np.ndarray, "width width"]
+) -> None:
+    """Write a tree's depths and what its nodes may attend to; rows behind it attend to themselves."""
+    _lay_out(parents, depth, ancestors)
+
+
 def is_chain(parents: Int[np.ndarray, " nodes"]) -> bool:
     """Whether every node follows the one before it, so that a plain causal mask is the tree's own."""
     return cast(bool, _is_chain(parents))
@@ -60,6 +67,17 @@ def _ancestor_matrix(parents: np.ndarray) -> np.ndarray:
             out[node, :node] = out[parent, :node]
         out[node, node] = True
     return out
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _lay_out(parents: np.ndarray, depth: np.ndarray, ancestors: np.ndarray) -> None:
+    ancestors[:] = False
+    for node in range(len(depth)):
+        parent = parents[node] if node < len(parents) else -1
+        if parent >= 0:
+            depth[node] = depth[parent] + 1
+            ancestors[node, :node] = ancestors[parent, :node]
+        ancestors[node, node] = True
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -163,7 +163,7 @@ class PathwiseVerifier:
     ) -> list[Int[np.ndarray, "nodes k"] | None]:
         if not self.topk:
             return [None] * len(batch)
-        best = topk(logits.flatten(0, 1).float(), self.topk).cpu().numpy().reshape(*logits.shape[:2], -1)
+        best = topk(logits.flatten(0, 1), self.topk).cpu().numpy().reshape(*logits.shape[:2], -1)
         return [None if self.sampler.finished[row] else best[row, : len(tree)] for row, tree in enumerate(batch)]
 
     def _likelihood(
