@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,31 @@ HEADS = {"grouped": 2, "one to one": 4}
 HYBRID: dict[str, Any] = {
     "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
     "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
+    "Llama4Text": {
+        "attention_chunk_size": 16,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+}
+
+RECURRENT: dict[str, Any] = {
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 
 
@@ -89,17 +115,18 @@ def test_with_room_for_all_it_is_the_full_cache(heads: int, attention: str) -> N
 
 
 @pytest.mark.parametrize("kind", HYBRID)
-def test_layers_with_windows_hold_those(kind: str) -> None:
+def test_layers_with_windows_or_chunks_hold_those(kind: str) -> None:
     """With room for all in the others it is the full cache, whatever was guessed, and as long as the text grows."""
     model, batch = tiny.build(kind, max_position_embeddings=2048, **HYBRID[kind]), padded(60, 9)
     for target, row in ((started(model, prompt(200)), 0), (started(model, **batch), 1)):
         level, before = Middle(target, row, 1600, 8), target.lengths[0]
         level.refresh(7, anew=True)
-        tree, chain = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, ""), DraftTree.chain(7, range(5, 95), [1.0] * 90, "")
+        tree = DraftTree(np.arange(7, 13), np.array([-1, 0, 1, 1, 2, 3]), np.ones(6, np.float32), ("",) * 6)
+        chain = DraftTree.chain(7, range(5, 95), [1.0] * 90, "")
         for _ in range(5):
             ours, full = level.model.forward([tree]), target.forward([tree] * len(target.lengths))
             torch.testing.assert_close(ours.logits[0], full.logits[row], atol=1e-4, rtol=1e-4)
-            level.model.keep([range(4)])
+            level.model.keep([[0, 1, 3]])
             level.model.forward([chain])
             level.model.keep([range(91)])
             target.keep([[]] * len(target.lengths))
@@ -109,6 +136,33 @@ def test_layers_with_windows_hold_those(kind: str) -> None:
         assert target.lengths[row] == level.cache.lengths[0] == before + 5 * 91
         windows = [layer for layer in level.cache.slots if layer.window is not None]
         assert {layer.keys.shape[2] for layer in windows} == {15}
+
+
+def states(cache: Any) -> list[torch.Tensor]:
+    """All that a cache of transformers' own holds, copied."""
+    held = [each for layer in cache.layers for each in vars(layer).values()]
+    flat = [each for some in held for each in (some.values() if isinstance(some, dict) else [some])]
+    return [each.clone() for each in flat if isinstance(each, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_layers_with_recurrent_states_go_on_from_copies_of_those(kind: str) -> None:
+    """With room for all in the others it is the full cache, which stays as it is, whatever was guessed."""
+    model = tiny.build(kind, max_position_embeddings=2048, **RECURRENT[kind])
+    first, second = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, ""), DraftTree.chain(9, [11, 12], [1.0] * 2, "")
+    for target, row in ((started(model, prompt(200)), 0), (started(model, **padded(60, 33)), 1)):
+        level, rows = Middle(target, row, 1600, 8), len(target.lengths)
+        for anew in (True, False, False, True, False):
+            before = states(target.cache)
+            level.refresh(7, anew)
+            ours = [level.model.forward([first]).logits[0]]
+            level.model.keep([[0, 1]])
+            ours.append(level.model.forward([second]).logits[0])
+            level.model.keep([[0]])
+            assert all(torch.equal(*each) for each in zip(before, states(target.cache), strict=True))
+            for chain, logits, path in ((first, ours[0], [0, 1]), (second, ours[1], [0, 1, 2])):
+                torch.testing.assert_close(target.forward([chain] * rows).logits[row], logits, atol=1e-4, rtol=1e-4)
+                target.keep([path] * rows)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)

@@ -23,8 +23,18 @@ HEADS = {"grouped": 2, "one to one": 4}
 HYBRID: dict[str, Any] = {
     "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
     "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
+    "Llama4Text": {
+        "attention_chunk_size": 16,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
 }
+TREES = [kind for kind in HYBRID if kind != "Lfm2"]
 
 
 def rows(first: int, count: int, batch: int = 1) -> torch.Tensor:
@@ -133,18 +143,21 @@ def test_is_full_attention_with_the_dropped_tokens_masked(heads: int, attention:
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3Text", "Qwen2"])
-def test_layers_with_windows_of_their_own_hold_those(kind: str) -> None:
+@pytest.mark.parametrize("kind", TREES)
+def test_layers_with_windows_or_chunks_of_their_own_hold_those(kind: str) -> None:
     """Beside them, a layer without a window holds sinks and the newest."""
     model, text = tiny.build(kind, **HYBRID[kind]), prompt(60)
     cache = StreamingCache(sinks=2, recent=10, slack=5, config=model.config)
     full, logits = cache.slots[HYBRID[kind]["layer_types"].index("full_attention")], list[torch.Tensor]()
-    masks = {name: torch.zeros(1, 1, 60, 60, dtype=torch.bool) for name in ("full_attention", "sliding_attention")}
+    masks = {name: torch.zeros(1, 1, 60, 60, dtype=torch.bool) for name in HYBRID[kind]["layer_types"]}
     for token in range(60):
         with torch.no_grad():
             logits.append(model(text[:, token : token + 1], past_key_values=cache).logits[0, 0])
         masks["full_attention"][..., token, [*range(min(2, token + 1)), *range(2 + full.offset, token + 1)]] = True
-        masks["sliding_attention"][..., token, max(0, token - 15) : token + 1] = True
+        if kind == "Llama4Text":
+            masks["chunked_attention"][..., token, token // 16 * 16 : token + 1] = True
+        else:
+            masks["sliding_attention"][..., token, max(0, token - 15) : token + 1] = True
     with torch.no_grad():
         wanted = model(text, attention_mask=masks).logits[0]
     assert full.offset > 30
@@ -172,7 +185,7 @@ def test_plain_generate_runs_on_it_and_is_exact_within_the_window() -> None:
 
 
 TAKE_TREES = {name: partial(tiny.model, num_key_value_heads=heads) for name, heads in HEADS.items()} | {
-    kind: partial(tiny.build, kind, **HYBRID[kind]) for kind in ("Gemma3Text", "Qwen2")
+    kind: partial(tiny.build, kind, **HYBRID[kind]) for kind in TREES
 }
 
 

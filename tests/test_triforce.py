@@ -34,6 +34,30 @@ HEADS = {"grouped": 2, "one to one": 4}
 HYBRID: dict[str, Any] = {
     "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24, "head_dim": 8},
     "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 24, "use_sliding_window": True},
+    "Llama4Text": {
+        "attention_chunk_size": 24,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+}
+RECURRENT: dict[str, Any] = {
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 POLICY = FixedPolicy(4, 4, 1)
 LONG = 1100
@@ -122,6 +146,18 @@ class TestOutput:
         assert all(level.builds > 0 for level in levels)
         assert result.stats.by_drafter["triforce"]["accepted"] > 5
 
+    @pytest.mark.filterwarnings("ignore:.*takes drafts as chains only")
+    @pytest.mark.parametrize("inputs", [{"input_ids": prompt(200)}, padded(300, 280)], ids=["alone", "with padding"])
+    @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
+    @pytest.mark.parametrize("kind", RECURRENT)
+    def test_for_models_some_of_whose_layers_have_recurrent_states(
+        self, kind: str, sample: bool, inputs: Any, levels: list[Middle]
+    ) -> None:
+        target, drafter = tiny.build(kind, **RECURRENT[kind]), TriForceDrafter(NgramDrafter(), budget=96, chunk=4)
+        result = same(target, inputs, drafter=drafter, max_new_tokens=40, do_sample=sample)
+        assert all(level.builds > 0 for level in levels)
+        assert result.stats.by_drafter["triforce"]["accepted"] > 0
+
     @pytest.mark.parametrize("first", ["n-grams", "a model"])
     def test_of_a_batch_with_padding(self, first: str, levels: list[Middle]) -> None:
         drafter = TriForceDrafter(FIRSTS[first](), budget=48, chunk=4)
@@ -146,10 +182,29 @@ class TestOutput:
         assert not levels
         assert set(result.stats.by_drafter) == {"ngram"}
 
+    @pytest.mark.filterwarnings("ignore:.*takes drafts as chains only")
+    @pytest.mark.parametrize(
+        ("kind", "sizes"),
+        [
+            ("Bloom", {"n_layer": 2, "n_head": 4}),  # which reads positions off the columns of its mask
+            ("Mamba2", {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
+        ],
+    )
+    def test_where_chains_alone_are_held_is_that_of_first(
+        self, kind: str, sizes: dict[str, int], levels: list[Middle]
+    ) -> None:
+        target, drafter = tiny.build(kind, **sizes), TriForceDrafter(NgramDrafter(), 16)
+        reason = "triforce does without the target: the target's cache holds neither trees nor rows without limit"
+        with pytest.warns(specdec.SpecdecWarning, match=reason):
+            result = tiny.both(target, {"input_ids": prompt(60)}, drafter=drafter, max_new_tokens=30)
+        assert result.ours.tolist() == result.plain.tolist()
+        assert any(reason in each for each in result.stats.reasons)
+        assert not levels
+
     def test_where_rows_are_held_beyond_a_window_is_that_of_first(self, levels: list[Middle]) -> None:
         """In a cache of the user's, which knows of no windows."""
         target, drafter = tiny.build("Qwen2", **HYBRID["Qwen2"]), TriForceDrafter(NgramDrafter(), 16)
-        with pytest.warns(specdec.SpecdecWarning, match="neither without limit nor by a window"):
+        with pytest.warns(specdec.SpecdecWarning, match="not held by the windows or chunks"):
             result = tiny.both(
                 target,
                 lambda: {"input_ids": prompt(60), "past_key_values": DynamicCache()},

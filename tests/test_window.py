@@ -11,11 +11,29 @@ import torch
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import SmallModelDrafter
 from specdec.drafters.model_rows import PIECE, SINKS
+from specdec.masks import Reach
+from specdec.model import reaches
 from specdec.streaming_cache import StreamingCache
 from tests import tiny
 
 WINDOW = 128
 BUDGET = Budget(12, 4, 3)
+LATER = 3  # tokens that come after the rest of a text has been read
+MIXED: dict[str, Any] = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID: dict[str, Any] = {
+    "Gemma3Text": {**MIXED, "head_dim": 8},
+    "Qwen2": {**MIXED, "use_sliding_window": True},
+    "Mistral": {"sliding_window": 300},  # of which less is held
+    "Llama4Text": {
+        "attention_chunk_size": 96,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +75,64 @@ def chance(model: Any, tokens: np.ndarray, path: list[int]) -> float:
     return product
 
 
+def paths(tree: DraftTree) -> dict[int, list[int]]:
+    """The tokens on the way to each node, itself the last."""
+    found = dict[int, list[int]]({0: []})
+    for node in range(1, len(tree)):
+        found[node] = [*found[int(tree.parents[node])], int(tree.tokens[node])]
+    return found
+
+
+@torch.no_grad()
+def masked_chance(model: Any, tokens: np.ndarray, path: list[int]) -> float:
+    """A path's probability behind a text, by plain layers over all of it, each token shown what was held then."""
+    n, before = len(tokens), len(tokens) - LATER
+    ends = [*range(PIECE, before - PIECE, PIECE), before - PIECE, before, n + len(path)]
+    first, dropped = np.zeros(n + len(path), np.int64), 0
+    for start, end in zip([0, *ends[:-2], before - 1], ends, strict=True):  # a text's last token is fed again
+        first[start:end] = dropped
+        dropped = end - SINKS - WINDOW if end - dropped - SINKS - WINDOW > 64 else dropped
+    own, other = np.arange(n + len(path))[:, None], np.arange(n + len(path))
+    held = (other <= own) & ((other < SINKS) | (other >= SINKS + first[:, None]))
+    masks = {name: torch.from_numpy(held & _near(own, other, reach))[None, None] for name, reach in known(model)}
+    ids = torch.tensor([[*tokens, *path]])
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    law = model(ids, attention_mask=mask).logits[0, n - 1 : -1].softmax(-1)
+    return float(law[range(len(path)), path].prod())
+
+
+def known(model: Any) -> Any:
+    """How far its kinds of layers look back."""
+    return (reaches(model.config) or {}).items()
+
+
+def _near(own: np.ndarray, other: np.ndarray, reach: Reach) -> Any:
+    if reach.chunk:
+        return own // reach.chunk == other // reach.chunk
+    return own - other < (reach.window or len(other))
+
+
+@pytest.mark.parametrize("length", [630, 767, 1500])  # a chunk of 96 ends with the token behind 767
+@pytest.mark.parametrize("kind", HYBRID)
+def test_layers_that_look_less_far_see_what_of_theirs_is_held(kind: str, length: int) -> None:
+    model, tokens = tiny.build(kind, max_position_embeddings=4096, **HYBRID[kind]), text(length)
+    drafter, before = SmallModelDrafter(model, "best-first", window=WINDOW, cpu_kernels=False), Context(tokens[:-LATER])
+    drafter.draft([before], [BUDGET])
+    before.finished = True
+    drafter.draft([before], [Budget(0, 0, 0)])
+    tree = drafter.draft([Context(tokens)], [BUDGET])[0]
+    assert len(tree) == 13
+    assert max(map(len, paths(tree).values())) > 1
+    for node, path in paths(tree).items():
+        assert tree.probability[node] == pytest.approx(masked_chance(model, tokens, path) if path else 1, rel=1e-3)
+
+
 @pytest.mark.parametrize("length", [600, 700])
 def test_drafts_as_a_model_over_a_streaming_cache(model: Any, drafter: SmallModelDrafter, length: int) -> None:
     tokens = text(length)
     tree = draft(drafter, tokens)
     assert not same(tree, draft(SmallModelDrafter(model, "best-first", cpu_kernels=False), tokens))
-    for node in range(1, len(tree)):
-        path, at = list[int](), node
-        while at > 0:
-            path.insert(0, int(tree.tokens[at]))
-            at = int(tree.parents[at])
+    for node, path in paths(tree).items():
         assert tree.probability[node] == pytest.approx(chance(model, tokens, path), rel=1e-3)
 
 
@@ -120,5 +186,5 @@ def test_at_8k(heads: int) -> None:
 def test_arguments(model: Any) -> None:
     with pytest.raises(ValueError, match="window=8: give 128 or more"):
         SmallModelDrafter(model, window=8)
-    with pytest.raises(ValueError, match="a model that looks back without limit"):
-        SmallModelDrafter(tiny.model("Mistral", sliding_window=16), window=WINDOW)
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM takes no trees"):
+        SmallModelDrafter(tiny.model("Lfm2", layer_types=["conv", "full_attention"]), window=WINDOW)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from specdec import trees
 from specdec.cache import SlotCache
 from specdec.core import Choice, Context, DraftTree, Verdict
 from specdec.kernels.topk import topk
-from specdec.model import Model
-from specdec.retrieval_cache import RetrievalCache, queries
+from specdec.model import Model, reaches
+from specdec.retrieval_cache import ChainRetrievalCache, RetrievalCache, layer_of, queries
 
 SURE = 0.9  # how often the target is taken to agree before anything has been seen
 WEIGHT = 0.08  # of the newest agreement or disagreement
@@ -28,11 +29,12 @@ class Middle:
     Args:
         target: the model that holds the sequence among others.
         row: which of its rows.
-        budget, chunk: of the ``RetrievalCache``.
+        budget, chunk: of its ``RetrievalCache``, or ``ChainRetrievalCache`` where the target has recurrent states.
 
     Attributes:
         text: what the first level is shown: what has been committed, then what has been written; None at first.
         choice: how the target's tokens are chosen; None where nobody said.
+        chains: whether no other trees can be judged, nor drafted.
         agreed: how often the target has agreed lately, 0 to 1.
         built_at: the text's length when the cache was built last; None before.
         builds, passes: how often the cache has been built, and passes over it.
@@ -41,14 +43,17 @@ class Middle:
     text: Context | None = None
     choice: Choice | None = None
     built_at: int | None = None
+    chains = False
 
     def __init__(self, target: Model, row: int, budget: int, chunk: int) -> None:
-        assert isinstance(target.cache, SlotCache), "no other cache holds trees"
         self.target, self.row = target, row
         padding = 0 if target.visible is None else int((target.visible[row].long().cumsum(-1) == 0).sum())
-        self.cache = RetrievalCache(target.cache, row, padding, budget, chunk)
+        kind = RetrievalCache if isinstance(target.cache, SlotCache) else ChainRetrievalCache
+        self.cache: RetrievalCache | ChainRetrievalCache = kind(target.cache, row, padding, budget, chunk)
+        self.chains = isinstance(self.cache, ChainRetrievalCache)
         self.model = narrowed(target, row, self.cache)
-        self.model.visible = None
+        if all(reach.chunk is None for reach in (reaches(target.config) or {}).values()):
+            self.model.visible = None  # what it hides is not held; but chunks are counted from where that ends
         self.agreed, self.builds, self.passes = SURE, 0, 0
         self._guessed, self._guessed_at = list[int](), 0
 
@@ -68,7 +73,6 @@ class Middle:
 
     def _queries(self, root: int) -> dict[int, Tensor]:
         """What a text's last token asks for in every layer: a pass over all there is, which leaves no trace."""
-        assert isinstance(self.target.cache, SlotCache), "no other cache holds trees"
         whole = narrowed(self.target, self.row, only_row(self.target.cache, self.row))
         with queries(self.target.config) as noted:
             whole.forward([DraftTree.root(root)])
@@ -135,7 +139,7 @@ def chosen(
     return int(scores.argmax())
 
 
-def narrowed(target: Model, row: int, cache: SlotCache) -> Model:
+def narrowed(target: Model, row: int, cache: Cache) -> Model:
     """The same model over one of its rows, held by another cache that counts its tokens alike."""
     one = copy(target)
     one.cache, one.lengths = cache, [target.lengths[row]]
@@ -151,8 +155,10 @@ def _of_row(value: Any, row: int, rows: int) -> Any:
     return value[row : row + 1] if per_row else value
 
 
-def only_row(cache: SlotCache, row: int) -> SlotCache:
+def only_row(cache: Cache, row: int) -> Cache:
     """One row of a cache, in the same buffers: what a pass writes behind it is written over by the next one."""
+    if not isinstance(cache, SlotCache):
+        return Cache(layers=[layer_of(layer, row) for layer in cache.layers])
     one = SlotCache(layers=[copy(layer) for layer in cache.layers])
     for layer in one.slots:
         layer.lengths = [layer.lengths[row]]

@@ -115,8 +115,8 @@ class Rows:
         form: what its self-test found; at level "tree".
         n: how many rows to begin with; they hold nothing.
         head: judges the nodes that are fed; None for nobody.
-        window: newest tokens that are held, beside the first four; None for all. For one text of a model whose layers
-            all look back without limit.
+        window: newest tokens that are held, beside the first four; None for all. For one text. Layers with windows or
+            chunks of their own see what of theirs is held.
 
     Attributes:
         texts: one per row.
@@ -137,9 +137,9 @@ class Rows:
         self.texts = [Text(self) for _ in range(n)]
 
     def _empty(self) -> SlotCache:
+        # No windows of layers' own: levels count as slots, not as tokens. Masks say how far back is seen.
         if self.window is not None:
             return StreamingCache(SINKS, self.window)
-        # No windows of layers' own: levels count as slots, not as tokens. Masks say how far back is seen.
         return SlotCache(layer_class_to_replicate=SlotLayer)
 
     @property
@@ -212,6 +212,8 @@ class Rows:
         stack = vars(self.module.base_model).get("forward")
         if not isinstance(stack, ShortStack) or stack.model is not self.module or self.form.per_type:
             return None
+        if set((reaches(self.config) or {}).values()) != {Reach()}:  # where no mask is due, it would see too far
+            return None
         width = ids.shape[1]
         return stack.logits(ids, self._mask(new, slots, width, always=width > 1), positions, self.cache)
 
@@ -235,19 +237,23 @@ class Rows:
 
     def _mask(self, new: Sequence[Nodes], slots: Sequence[int], width: int, always: bool = False) -> Any:
         """Who sees which slots, in the module's form; None where a causal mask says so too, unless ``always``."""
-        if not always and len(set(slots)) == 1 and all(nodes.causal and len(nodes.tokens) == width for nodes in new):
-            return None
         known = reaches(self.config)
         assert known is not None, "a module at tree level has only layer types that are known"
+        causal = len(set(slots)) == 1 and all(nodes.causal and len(nodes.tokens) == width for nodes in new)
+        # Slots do not tell how far away their tokens are, once some between them have been dropped.
+        if causal and not always and (not self.dropped or set(known.values()) == {Reach()}):
+            return None
         masks = {name: self._mask_for(new, slots, width, reach) for name, reach in known.items()}
         return masks if self.form.per_type else next(iter(masks.values()))
 
     def _mask_for(self, new: Sequence[Nodes], slots: Sequence[int], width: int, reach: Reach) -> Tensor:
         dropped = self.dropped
+        held = np.arange(max(slots) - dropped)
+        held[SINKS:] += dropped
         mask = np.zeros((len(new), 1, width, max(slots) + width - dropped), np.bool_)
         for row, nodes in enumerate(new):
             n, base, end = len(nodes.tokens), nodes.base - dropped, nodes.base + nodes.seen.shape[1] - dropped
-            places = np.concatenate([np.arange(base), nodes.places])
+            places = np.concatenate([held[:base], nodes.places])
             mask[row, 0, :n, :base] = True
             mask[row, 0, :n, base:end] = nodes.seen
             mask[row, 0, :n, :end] &= _within(nodes.positions[:, None], places, reach)

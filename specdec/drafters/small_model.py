@@ -23,8 +23,6 @@ from specdec.drafters.model_rows import Rows
 from specdec.drafters.row_keeper import RowKeeper
 from specdec.drafters.translate import Translation
 from specdec.drafters.trimmed_head import OUTSIDE
-from specdec.masks import Reach
-from specdec.model import reaches
 from specdec.trees import sampling
 from specdec.trees.sampling import Level
 
@@ -71,14 +69,15 @@ class SmallModelDrafter:
         head: an ``AcceptanceHead``, or the file of one: the probability of a chain's nodes is then what it says of
             them, and not what the model does. For ``ThresholdPolicy(lag=1)``.
         window: newest tokens of a text that the model's rows hold, beside the first four: constant memory, however long
-            the text (``StreamingCache``). None for all. Texts of a batch are then drafted one after another.
+            the text (``StreamingCache``). None for all. Texts of a batch are then drafted one after another. Layers
+            with windows or chunks of their own see what of theirs is held: give no less than those.
         thrifty: whether to draft no level that promises fewer tokens than its time is worth, as measured, whatever the
             budget has room for. Then what is drafted hangs on the clock; without, on texts and budgets alone.
         clock: seconds, as ``time.perf_counter``.
 
     Raises:
-        ValueError: for a model that takes no trees, an unknown kind of tree, a head for another model, a window where
-            layers have their own, or arguments that do not go together.
+        ValueError: for a model that takes no trees, an unknown kind of tree, a head for another model, a window that
+            is too short, or arguments that do not go together.
     """
 
     topk = 0
@@ -115,9 +114,8 @@ class SmallModelDrafter:
         self.branching, self.width = tuple(branching), width
         self.translation = None if tokenizer is None else Translation(tokenizer, target_tokenizer)
         config = model.config.get_text_config(decoder=True)
-        far = list((reaches(config) or {}).values())
-        if window is not None and (window < LEAST_WINDOW or far != [Reach()]):
-            raise ValueError(f"window={window}: give {LEAST_WINDOW} or more, and a model that looks back without limit")
+        if window is not None and window < LEAST_WINDOW:
+            raise ValueError(f"window={window}: give {LEAST_WINDOW} or more")
         self.window = window
         self.positions = getattr(config, "max_position_embeddings", None) or ANY_WIDTH
         self.known = int(model.get_input_embeddings().num_embeddings)

@@ -19,6 +19,7 @@ from specdec.drafters.small_model import SmallModelDrafter
 from specdec.drafters.triforce_worth import Worth
 from specdec.masks import Reach
 from specdec.model import Model, reaches
+from specdec.retrieval_cache import retrievable
 
 LONGER = 256  # tokens beyond its budget after which a cache is built anew
 OWN = 0x7219F0  # sets this drafter's random numbers apart from others' of the same seed
@@ -32,6 +33,8 @@ class TriForceDrafter:
     match, so what the middle level writes follows its own law exactly, whatever ``first`` guesses. What it writes is
     the draft, with that law where tokens are drawn, and any verifier judges it exactly over the full cache. The
     retrieval cache is built anew after every 256 tokens, and where the target has come to agree too rarely.
+
+    A target with recurrent states is drafted chains, as everywhere: its middle level goes on from copies of them.
 
     It needs the target, which ``bind`` hands it. Where nobody does, or the target's rows cannot serve, as long as a
     text fits the budget, and where writing takes longer than it saves, the trees are ``first``'s own; see ``Worth``.
@@ -141,7 +144,8 @@ class TriForceDrafter:
         """Let the middle level write ``depth`` tokens behind a text, which grows by them; the draft they are."""
         tokens, scores = list[int](), list[Tensor]()
         while (left := depth - len(tokens)) > 0:
-            guesses = Budget(self.guesses if left > 1 else 0, min(self.guesses, left - 1), self.guesses)
+            width = 1 if middle.chains else self.guesses
+            guesses = Budget(self.guesses if left > 1 else 0, min(self.guesses, left - 1), width)
             verdict, chosen_by = middle.write(
                 self.first.draft([text], [guesses])[0], left, self.generator, self.first.topk
             )
@@ -158,7 +162,7 @@ class TriForceDrafter:
         n, rate = len(written), middle.agreed
         tokens, parents = [root, *written], list(range(-1, n))
         probability = [rate**depth for depth in range(n + 1)]
-        for node in range(min(n, budget.nodes - n) if budget.width > 1 else 0):
+        for node in range(min(n, budget.nodes - n) if budget.width > 1 and not middle.chains else 0):
             token = chosen(scores[node], middle.samples, self.generator, without=written[node])
             if token >= 0:
                 tokens.append(token)
@@ -202,23 +206,20 @@ def _limits(config: Any, cache: SlotCache) -> str:
     if Reach() not in known.values():
         return "no layer of the target looks back without limit"
     types = getattr(config, "layer_types", None) or [*known] * len(cache.layers)
-    held = [
-        (Reach(layer.window), known[name])
-        for layer, name in zip(cache.layers, types, strict=False)
-        if isinstance(layer, SlotLayer)
-    ]
-    if any(reach != meant for reach, meant in held):
-        return "the target has layers that look back neither without limit nor by a window that their rows are held for"
+    for layer, name in zip(cache.layers, types, strict=False):
+        if isinstance(layer, SlotLayer) and layer.window != (known[name].window or known[name].chunk):
+            return "the target's rows are not held by the windows or chunks that its layers look back by"
     return ""
 
 
 def _unfit(target: Model) -> str:
     """Why a target's rows cannot serve; empty if they can."""
     visible = target.visible
-    if target.form.level != "tree" or not isinstance(target.cache, SlotCache):
-        return "the target's rows hold no trees"
-    if reason := _limits(target.config, target.cache):
-        return reason
+    if target.form.level == "tree" and isinstance(target.cache, SlotCache):
+        if reason := _limits(target.config, target.cache):
+            return reason
+    elif not retrievable(target.cache):
+        return "the target's cache holds neither trees nor rows without limit beside recurrent states"
     if visible is not None and not bool((visible.long().cummax(-1).values == visible).all()):
         return "the prompt has holes"
     if not getattr(target.module, "_can_set_attn_implementation", bool)():
