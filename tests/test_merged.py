@@ -381,6 +381,16 @@ class TestFile:
         assert fresh.draft([Context([6, 7])], budget)[0].tokens.tolist() == [7]
         assert saved.bytes_used > 0
 
+    def test_how_far_each_part_is_believed_and_what_they_share(self, tmp_path: Path) -> None:
+        first, second = Fixed("a", {(1,): 0.9, (3,): 0.05}), Fixed("b", {(2,): 0.3, (3,): 0.2})
+        saved, fresh = (MergedDrafter([first, second], clock=lambda: 0.0) for _ in range(2))
+        rng = np.random.default_rng(2)
+        play(saved, lambda: [int(rng.choice([1, 2, 3, 9], p=[0.1, 0.4, 0.4, 0.1])), 9], 60)
+        assert paths_of(draft(fresh)) != paths_of(draft(saved))
+        saved.save(tmp_path / "file")
+        fresh.load(tmp_path / "file")
+        assert paths_of(draft(fresh)) == paths_of(draft(saved))
+
     def test_what_does_not_suit_one_part_changes_none(self, tmp_path: Path) -> None:
         self.learnt([5, 6, 7, 8], k=4).save(tmp_path / "file")
         ours = self.learnt([5, 6, 9, 9])

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from specdec import storage, trees
 from specdec.core import Budget, Context, DraftTree, Verdict
-from specdec.drafters import RecyclingDrafter, recycling_file
+from specdec.drafters import RecyclingDrafter, recycling_file, recycling_numba
 from specdec.trees.optimal import fastest_shape, optimal_shape
 
 VOCAB = 64
@@ -389,14 +389,14 @@ def test_threads_may_share_a_drafter():
 @pytest.mark.parametrize("template", [None, "paper"])
 def test_rows_stand_still_while_a_tree_is_read_off(monkeypatch, template):
     drafter, target, locked = RecyclingDrafter(template=template), Target(), []
-    for name in ("grow_adjacency", "expand_template"):
-        function = getattr(trees, name)
+    for module, name in ((recycling_numba, "unfold"), (trees, "expand_template")):
+        function = getattr(module, name)
 
         def watched(*arguments, function=function):
             locked.append(drafter._memories[""].lock.locked())
             return function(*arguments)
 
-        monkeypatch.setattr(trees, name, watched)
+        monkeypatch.setattr(module, name, watched)
     decode(drafter, target, target.prompt([1, 2], 8), 2)
     assert locked == [True, True]
 

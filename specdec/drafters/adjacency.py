@@ -56,8 +56,10 @@ class Adjacency:
             raise ValueError(f"need one row of candidates per node, got {candidates.shape} for {len(tokens)} nodes")
         path = np.arange(len(tokens)) if verdict.prompt else verdict.path
         with self.lock:
-            self._reserve(int(max(tokens.max(), candidates.max(initial=EMPTY))))
-            _write_rows(self.matrix, tokens, parents, path, candidates)
+            beyond = _write_rows(self.matrix, tokens, parents, path, candidates, self.most)
+            if beyond != EMPTY:
+                self._reserve(beyond)
+                _write_rows(self.matrix, tokens, parents, path, candidates, self.most)
 
     def copy(self) -> Int32[np.ndarray, "vocab k"]:
         """The matrix as it is now, apart from what is learnt later."""
@@ -69,19 +71,26 @@ class Adjacency:
         return self.matrix.nbytes
 
     def _reserve(self, token: int) -> None:
+        """More rows: enough for a token beyond them, or as many as there may be."""
         rows, k = self.matrix.shape
-        if token >= rows:
-            need = min(self.most, max(token + 1, rows + rows // 4, _FEWEST_ROWS))
-            if need > rows:
-                grown = np.full((need, k), EMPTY, np.int32)
-                grown[:rows] = self.matrix
-                self.matrix = grown
+        grown = np.full((min(self.most, max(token + 1, rows + rows // 4, _FEWEST_ROWS)), k), EMPTY, np.int32)
+        grown[:rows] = self.matrix
+        self.matrix = grown
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _write_rows(
-    matrix: np.ndarray, tokens: np.ndarray, parents: np.ndarray, path: np.ndarray, candidates: np.ndarray
-) -> None:
+    matrix: np.ndarray, tokens: np.ndarray, parents: np.ndarray, path: np.ndarray, candidates: np.ndarray, most: int
+) -> int:
+    """Write each node's row. Where the matrix must grow for it, up to ``most`` rows, nothing is written.
+
+    Returns the largest token then, else EMPTY.
+    """
+    largest: int = tokens.max()
+    for candidate in candidates.flat:
+        largest = max(largest, candidate)
+    if len(matrix) <= largest and len(matrix) < most:
+        return largest
     level, deepest = np.zeros(len(tokens), np.int64), 0
     for node in range(1, len(tokens)):
         level[node] = level[parents[node]] + 1
@@ -95,6 +104,7 @@ def _write_rows(
                 _write_row(matrix, tokens[node], candidates[node])
     for node in path:
         _write_row(matrix, tokens[node], candidates[node])
+    return EMPTY
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -10,18 +10,21 @@ from weakref import WeakSet
 import numpy as np
 from jaxtyping import Float
 
-from specdec import storage, trees
+from specdec import storage
 from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import lookahead_numba as kernels
 from specdec.drafters import votes
+from specdec.drafters.likeliest_numba import Limits
 from specdec.drafters.namespaces import Namespaces
 from specdec.drafters.trie import Trie
 
 KIND, VERSION = "lookahead", 1
 LARGEST_OWN, LARGEST_SHARED = 65536, 512  # nodes of one tree, as in the paper's code
+NOTHING: Limits = 0, 0, 0, 0.0
 
 Guess = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and kinds
+NO_GUESS: Guess = np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64)
 
 
 class LookaheadDrafter:
@@ -113,43 +116,44 @@ class LookaheadDrafter:
         return own + self._shared.bytes_used + self._acceptance.bytes_used
 
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
-        tokens, root = context.tokens, int(context.tokens[-1])
-        own, shared = self._catch_up(context)
-        limits = budget.nodes, min(budget.depth, budget.nodes), budget.width
-        if context.finished or min(limits) <= 0:
-            return DraftTree.root(root)
-        quotas = 0, round(self.shared_share * budget.nodes)
-        query = tokens[-self.max_query :]
-        with shared.lock:
-            guess = kernels.branch_out(own.arrays, shared.arrays, query, self.branch, quotas, limits)
-        context.scratch[self] = own, len(tokens), guess
-        guesses, parents, kinds = guess
-        probability = self._acceptance.paths(parents, kinds)
-        kept = trees.prune(parents, probability, *limits, budget.least)
-        return DraftTree(*trees.select(guesses, parents, probability, kept), (self.name,) * len(kept))
-
-    def _catch_up(self, context: Context) -> tuple[Trie, Trie]:
-        """Learn what was committed since the last call; the sequence's own trie and the shared one."""
         tokens = context.tokens
         own, known, guess = self._sequence(context)
-        if guess:
-            self._acceptance.learn(*guess, tokens[known:])
-        own.count(tokens, known)
         shared, output = self._shared[context.namespace], tokens[context.prompt_length :]
-        before = shared.bytes_used
+        limits = budget.nodes, min(budget.depth, budget.nodes), budget.width, float(budget.least)
+        if context.finished or min(limits[:3]) <= 0:
+            limits = NOTHING
         with shared.lock:
-            shared.count(output, max(0, known - context.prompt_length))
-        if shared.bytes_used > before:
-            self._shared.trim()
+            before = shared.arrays
+            counted = own.prepare(tokens, known), shared.prepare(output, max(0, known - context.prompt_length))
+            guess, (guesses, parents, probability) = kernels.advance(
+                own.arrays,
+                shared.arrays,
+                tokens,
+                context.prompt_length,
+                counted,
+                self.branch + 1,
+                (LARGEST_OWN, LARGEST_SHARED),
+                guess,
+                known,
+                self._acceptance.accepted,
+                self._acceptance.offered,
+                self.max_query,
+                (0, round(self.shared_share * limits[0])),
+                limits,
+            )
+        if shared.arrays is not before:
+            self._shared.trim()  # it has grown
         if not context.finished:
-            context.scratch[self] = own, len(tokens), None
-        return own, shared
+            context.scratch[self] = own, len(tokens), guess
+        if limits[0] == 0:
+            return DraftTree.root(int(tokens[-1]))
+        return DraftTree(guesses, parents, probability, (self.name,) * len(guesses))
 
-    def _sequence(self, context: Context) -> tuple[Trie, int, Guess | None]:
+    def _sequence(self, context: Context) -> tuple[Trie, int, Guess]:
         """A context's own trie, how many tokens are in it, and the last guess."""
-        state: tuple[Trie, int, Guess | None] | None = context.scratch.pop(self, None)
+        state: tuple[Trie, int, Guess] | None = context.scratch.pop(self, None)
         if state is None:
-            state = self._own_trie(), 0, None
+            state = self._own_trie(), 0, NO_GUESS
             with self._lock:
                 self._own.add(state[0])
         return state

@@ -7,13 +7,49 @@ from heapq import heappop, heappush
 import numpy as np
 from numba import njit
 
-from specdec.drafters.trie_numba import CHILD, COUNT, FOREST, NEXT, NONE, TOKEN, Arrays, find_child
+from specdec.calibration import MOST, learn
+from specdec.drafters.likeliest_numba import Limits, likeliest
+from specdec.drafters.trie_numba import CHILD, COUNT, FOREST, NEXT, NONE, TOKEN, Arrays, count_ngrams, find_child
 from specdec.drafters.votes import KINDS, vote_kind
 
 SHARED_WEIGHT = 1e-4  # of an occurrence elsewhere, against one in the sequence itself
 OUT, PARENT, LEVEL, CHILDREN, OWN, SHARED = range(6)  # columns of a growing tree; the last two: its node in each trie
 
 Offer = tuple[float, np.int64, np.int64, np.int64]  # negated weight, parent, node in each trie
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def advance(
+    own: Arrays,
+    shared: Arrays,
+    text: np.ndarray,
+    prompt: int,
+    counted: tuple[int, int],
+    longest: int,
+    largest: tuple[int, int],
+    guess: Arrays,
+    guessed_at: int,
+    accepted: np.ndarray,
+    offered: np.ndarray,
+    max_query: int,
+    quotas: tuple[int, int],
+    limits: Limits,
+) -> tuple[Arrays, Arrays]:
+    """Count what is new of a text in its ``own`` trie, behind the prompt in the ``shared`` one, and ``branch_out``.
+
+    First what became of the last ``guess``, after ``guessed_at`` tokens, is counted. How many tokens are in each trie
+    is ``counted``, of the answer alone in the shared one; ``longest`` and ``largest`` are for ``count_ngrams``.
+
+    Returns all that is guessed (tokens, parents and kinds), and what of it is within ``limits`` (tokens, parents and
+    probability).
+    """
+    learn(guess[0], guess[1], guess[2], text[guessed_at:], accepted, offered, MOST)
+    count_ngrams(own, text, counted[0], longest, largest[0])
+    count_ngrams(shared, text[prompt:], counted[1], longest, largest[1])
+    nodes, depth, width, _ = limits
+    query = text[max(0, len(text) - max_query) :]
+    new = branch_out(own, shared, query, longest - 1, quotas, (nodes, depth, width))
+    return new, likeliest(new[0], new[1], new[2], accepted, offered, limits)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -34,7 +70,7 @@ def branch_out(
     nodes, depth, width = budget
     tree, size, match = np.zeros((nodes + 1, 6), np.int64), 1, 0
     tree[0, OUT], tree[0, PARENT] = query[-1], -1
-    for length in range(len(query), 0, -1):
+    for length in range(len(query) if nodes > 0 else 0, 0, -1):
         end = query[len(query) - length :]
         trial, grown = np.zeros((nodes + 1, 6), np.int64), 1
         trial[0, OUT], trial[0, PARENT], trial[0, OWN], trial[0, SHARED] = (

@@ -11,7 +11,7 @@ import numpy as np
 
 from specdec import trees
 from specdec.allowance import Allowance, Typical
-from specdec.calibration import KINDS, Acceptance, believed, estimate_kinds
+from specdec.calibration import KINDS, Acceptance, believed
 from specdec.core import Budget, Context, Drafter, DraftTree, learns
 from specdec.drafters import merged_file
 from specdec.drafters import merged_numba as kernels
@@ -64,7 +64,7 @@ class MergedDrafter:
         self.faults: list[tuple[str, str]] = []
         self.clock = clock
         self._parts = [Part(drafter) for drafter in self.drafters]
-        self._together = Acceptance(np.tile(believed(), 2), weight=8.0)
+        self._acceptance = Acceptance(np.tile(believed(), len(self._parts) + 2), weight=8.0)
         self._pace = Typical(PACE)
 
     @property
@@ -81,7 +81,8 @@ class MergedDrafter:
         """One tree per context, within its budget; the root alone where no part had a guess."""
         self._settle(contexts)
         wanted = any(budget.nodes > 0 for budget in budgets)
-        asked = [part for part in self._parts if wanted and part.affordable(self._pace.value)]
+        pace = self._pace.value
+        asked = [part for part in self._parts if wanted and part.affordable(pace)]
         due = wanted or any(context.finished for context in contexts)
         drafted = [
             self._trees(part, contexts, budgets if part in asked else [NOTHING] * len(budgets))
@@ -99,7 +100,7 @@ class MergedDrafter:
 
         It changes at once or, on OSError, not at all.
         """
-        merged_file.write(path, self.drafters, self._rates)
+        merged_file.write(path, self.drafters, self._rates())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace what the parts have learnt by what ``save`` wrote; on an error nothing changes.
@@ -108,12 +109,20 @@ class MergedDrafter:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of other drafters, or does not suit one of them.
         """
-        merged_file.read(path, self.drafters, self._rates)
+        rates = self._rates()
+        merged_file.read(path, self.drafters, rates)
+        self._acceptance.offered = np.concatenate([each.offered for each in rates])
+        self._acceptance.accepted = np.concatenate([each.accepted for each in rates])
 
-    @property
     def _rates(self) -> list[Acceptance]:
-        """How far the parts are believed, each alone and where several agree."""
-        return [*(part.acceptance for part in self._parts), self._together]
+        """Copies of how far each of the parts is believed, and last their union."""
+        rates = [Acceptance(believed(), weight=8.0) for _ in self._parts]
+        rates.append(Acceptance(np.tile(believed(), 2), weight=8.0))
+        counts, ends = self._acceptance.counts(), KINDS * np.arange(1, len(rates))
+        for name, array in counts.items():
+            for each, part in zip(rates, np.split(array, ends), strict=True):
+                setattr(each, name, part)
+        return rates
 
     def reset(self, namespace: str | None = None) -> None:
         """Have the parts forget one namespace, or everything."""
@@ -158,39 +167,42 @@ class MergedDrafter:
 
     def _settle(self, contexts: Sequence[Context]) -> None:
         """See what became of the last trees, once: which kinds of guesses came true, and which parts have paid."""
-        last = [(context, context.scratch.pop(self)) for context in contexts if self in context.scratch]
-        committed = [context.tokens[each.length :] for context, each in last]
-        tokens = sum(map(len, committed)) / max(1, len(last))
+        drafted = [(context, context.scratch.pop(self, None)) for context in contexts]
+        last = [(each, context.tokens[each.length :]) for context, each in drafted if each is not None]
+        tokens = sum(len(committed) for _, committed in last) / max(1, len(last))
         if not tokens:
             return
-        for (_, each), coming in zip(last, committed, strict=True):
-            for acceptance, *guess in each.guesses:
-                acceptance.learn(*guess, coming)
-        self._pace.see(max(QUICKEST, (self.clock() - last[0][1].time) / tokens))
-        won = [each.won(coming) for (_, each), coming in zip(last, committed, strict=True)]
+        first, _ = last[0]
+        self._pace.see(max(QUICKEST, (self.clock() - first.time) / tokens))
+        pace = self._pace.value
+        won = [each.won(self._right(each, committed)) for each, committed in last]
         for part in self._parts:
             gain = sum(row.get(part, 0.0) for row in won) / len(last)
-            part.settle(tokens, gain, self._pace.value, part in last[0][1].asked)
+            part.settle(tokens, gain, pace, part in first.asked)
+
+    def _right(self, last: Last, committed: np.ndarray) -> dict[Part, int]:
+        """How many of the ``committed`` tokens each part guessed on one path; what came true is counted."""
+        if last.guess is None:
+            return {}
+        accepted, offered = self._acceptance.accepted, self._acceptance.offered
+        *right, _ = kernels.settle(last.guess, committed, accepted, offered).tolist()
+        return dict(zip(self._parts, right, strict=True))
 
     def _union(self, context: Context, budget: Budget, drafted: Sequence[DraftTree | None]) -> DraftTree:
-        guessed = [
-            (part, tree) for part, tree in zip(self._parts, drafted, strict=True) if tree is not None and len(tree) > 1
-        ]
-        if not guessed:
+        if all(tree is None or len(tree) == 1 for tree in drafted):
             return DraftTree.root(int(context.tokens[-1]))
-        guesses = [
-            (part.acceptance, tree.tokens, tree.parents, estimate_kinds(tree.parents, tree.probability))
-            for part, tree in guessed
-        ]
-        tokens, parents, best, origin = trees.merge([(t, p, part.paths(p, kinds)) for part, t, p, kinds in guesses])
-        kinds = estimate_kinds(parents, best) + KINDS * _shared(tokens, parents, origin, guesses)
-        probability = self._together.paths(parents, kinds)
+        guessed = [tree or DraftTree.root(int(context.tokens[-1])) for tree in drafted]
+        guess, tokens, parents, probability, origin = kernels.unite(
+            np.concatenate([*(tree.tokens for tree in guessed), *(tree.parents for tree in guessed)]),
+            np.concatenate([tree.probability for tree in guessed]),
+            self._acceptance.accepted,
+            self._acceptance.offered,
+            (budget.nodes, budget.depth, budget.width, float(budget.least)),
+        )
         if self in context.scratch:
-            context.scratch[self].guesses = [*guesses, (self._together, tokens, parents, kinds)]
-        names = [part.drafter.name for part, _ in guessed]
-        source = tuple(names[guess] for guess in origin.tolist())
-        kept = trees.prune(parents, probability, budget.nodes, budget.depth, budget.width, budget.least)
-        return DraftTree(tokens, parents, probability, source).take(kept)
+            context.scratch[self].guess = guess
+        names = [drafter.name for drafter in self.drafters]
+        return DraftTree(tokens, parents, probability, tuple([names[part] for part in origin.tolist()]))
 
 
 class Part:
@@ -204,7 +216,6 @@ class Part:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.acceptance = Acceptance(believed(), weight=8.0)
         self.allowance = Allowance()
         self.seconds = Typical(USUAL)
 
@@ -221,35 +232,25 @@ class Part:
         self.allowance.settle(tokens, gain - self.due * alone if asked else 0.0)
 
 
-Guess = tuple[Acceptance, np.ndarray, np.ndarray, np.ndarray]  # who counts, and the tree's tokens, parents and kinds
-
-
 class Last:
-    """What one sequence's last trees were, and when and by whom, until it is known what became of them."""
+    """What one sequence's last trees were, and when and by whom, until it is known what became of them.
+
+    Attributes:
+        guess: the parts' trees and their union, as ``unite`` gives them; None where nobody had a guess.
+    """
+
+    guess: np.ndarray | None = None
 
     def __init__(self, length: int, time: float, asked: Sequence[Part]) -> None:
         self.length, self.time, self.asked = length, time, asked
-        self.guesses: list[Guess] = []
 
-    def won(self, committed: np.ndarray) -> dict[Part, float]:
-        """For each part, how many of the ``committed`` tokens it guessed on one path and no cheaper part did."""
-        matched = {
-            acceptance: len(trees.follow(tokens, parents, committed)) - 1
-            for acceptance, tokens, parents, _ in self.guesses
-        }
+    def won(self, right: dict[Part, int]) -> dict[Part, float]:
+        """For each part, how many tokens it guessed that no cheaper part did, if so many were ``right`` of each."""
         won, most = dict[Part, float](), 0
         for part in sorted(self.asked, key=lambda part: part.seconds.value):
-            right = matched.get(part.acceptance, 0)
-            won[part], most = max(0, right - most), max(most, right)
+            own = right.get(part, 0)
+            won[part], most = max(0, own - most), max(most, own)
         return won
-
-
-def _shared(tokens: np.ndarray, parents: np.ndarray, origin: np.ndarray, guesses: Sequence[Guess]) -> np.ndarray:
-    """Which of the union's nodes more than one part guesses."""
-    shared = np.zeros(len(tokens), np.bool_)
-    for part, (_, part_tokens, part_parents, _) in enumerate(guesses[1:], 1):
-        kernels.mark_shared(tokens, parents, origin, part, part_tokens, part_parents, shared)
-    return shared
 
 
 def _check(drafted: Sequence[DraftTree], contexts: Sequence[Context]) -> None:

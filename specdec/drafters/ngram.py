@@ -9,12 +9,11 @@ from weakref import WeakSet
 import numpy as np
 from jaxtyping import Float, Int
 
-from specdec import trees
 from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import ngram_numba as kernels
 
-Guess = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and kinds
+NO_GUESS = np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64)  # tokens, parents and kinds
 
 
 class NgramDrafter:
@@ -70,14 +69,12 @@ class NgramDrafter:
 
     def _draft(self, context: Context, budget: Budget) -> DraftTree:
         tokens, text = context.tokens, self._text(context)
-        text.learn(tokens, self._acceptance)
         if context.finished:
+            text.learn(tokens, self._acceptance)
             del context.scratch[self]
             return DraftTree.root(int(tokens[-1]))
-        text.extend(tokens)
-        depth = min(budget.depth, budget.nodes)
-        guess = text.guess(tokens, self.min_match, self.branches, depth) if depth > 0 else None
-        return self._within(budget, *guess) if guess else DraftTree.root(int(tokens[-1]))
+        tree = text.advance(tokens, self._acceptance, self.min_match, self.branches, budget)
+        return DraftTree(*tree, (self.name,) * len(tree[0])) if tree else DraftTree.root(int(tokens[-1]))
 
     def _text(self, context: Context) -> Text:
         text: Text | None = context.scratch.get(self)
@@ -86,18 +83,6 @@ class NgramDrafter:
             with self._lock:
                 self._texts.add(text)
         return text
-
-    def _within(
-        self,
-        budget: Budget,
-        tokens: Int[np.ndarray, " nodes"],
-        parents: Int[np.ndarray, " nodes"],
-        kinds: Int[np.ndarray, " nodes"],
-    ) -> DraftTree:
-        probability = self._acceptance.paths(parents, kinds)
-        kept = trees.prune(parents, probability, budget.nodes, budget.depth, budget.width, budget.least)
-        tokens, parents, probability = trees.select(tokens, parents, probability, kept)
-        return DraftTree(tokens, parents, probability, (self.name,) * len(tokens))
 
 
 class Text:
@@ -108,29 +93,37 @@ class Text:
         self._previous = np.empty((max_match, 64), np.int32)
         self._indexed = 0
         self._guessed_at = 0
-        self._guess: Guess | None = None
+        self._guess = NO_GUESS
 
     def learn(self, tokens: Int[np.ndarray, " length"], acceptance: Acceptance) -> None:
-        """Count what became of the last guess, once."""
-        if self._guess is not None:
-            acceptance.learn(*self._guess, tokens[self._guessed_at :])
-            self._guess = None
+        """Count what became of the last guess."""
+        acceptance.learn(*self._guess, tokens[self._guessed_at :])
 
-    def extend(self, tokens: Int[np.ndarray, " length"]) -> None:
-        """Index what was committed since, up to the last token: what follows that is not known yet."""
+    def advance(
+        self, tokens: Int[np.ndarray, " length"], acceptance: Acceptance, min_match: int, branches: int, budget: Budget
+    ) -> kernels.Arrays | None:
+        """``learn``, once, index what was committed since, and guess what follows; None if that is nothing.
+
+        The last token is not indexed: what follows it is not known yet.
+        """
         stop = len(tokens) - 1
         if stop > self._previous.shape[1]:
             self._grow(tokens, 1 << (stop - 1).bit_length())
-        kernels.index_text(tokens, self._indexed, stop, self._table, self._previous)
-        self._indexed = stop
-
-    def guess(self, tokens: Int[np.ndarray, " length"], min_match: int, branches: int, depth: int) -> Guess | None:
-        """What followed earlier occurrences of the last tokens; None if they are new."""
-        ends, lengths = kernels.find_matches(tokens, self._table, self._previous, min_match, branches)
-        if len(ends):
-            self._guess = kernels.copy_continuations(tokens, ends, lengths, depth)
-            self._guessed_at = len(tokens)
-        return self._guess
+        self._guess, tree = kernels.advance(
+            tokens,
+            self._indexed,
+            self._table,
+            self._previous,
+            self._guess,
+            self._guessed_at,
+            acceptance.accepted,
+            acceptance.offered,
+            min_match,
+            branches,
+            (budget.nodes, budget.depth, budget.width, float(budget.least)),
+        )
+        self._indexed, self._guessed_at = stop, len(tokens)
+        return tree if len(self._guess[0]) > 1 else None
 
     @property
     def bytes_used(self) -> int:

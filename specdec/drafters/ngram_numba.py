@@ -10,12 +10,44 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from specdec.calibration import magnitude
+from specdec.calibration import MOST, learn, magnitude
+from specdec.drafters.likeliest_numba import Limits, likeliest
 
 EMPTY = -1
 LONGEST = 64  # matches are measured up to here: longer ones are no surer
 VISITS = 16  # occurrences of one n-gram looked at, at most
 _MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio, as int64
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def advance(
+    tokens: np.ndarray,
+    indexed: int,
+    table: np.ndarray,
+    previous: np.ndarray,
+    guess: Arrays,
+    guessed_at: int,
+    accepted: np.ndarray,
+    offered: np.ndarray,
+    shortest: int,
+    branches: int,
+    limits: Limits,
+) -> tuple[Arrays, Arrays]:
+    """Enter what is new of a text, but for its last token, and guess what follows that.
+
+    First what became of the last ``guess``, after ``guessed_at`` tokens, is counted.
+
+    Returns all that is guessed (tokens, parents and kinds), which is the root alone where nothing matches, and what
+    of it is within ``limits`` (tokens, parents and probability).
+    """
+    learn(guess[0], guess[1], guess[2], tokens[guessed_at:], accepted, offered, MOST)
+    index_text(tokens, indexed, len(tokens) - 1, table, previous)
+    depth = max(0, min(limits[0], limits[1]))
+    ends, lengths = find_matches(tokens, table, previous, shortest, branches if depth > 0 else 0)
+    new = copy_continuations(tokens, ends, lengths, depth)
+    return new, likeliest(new[0], new[1], new[2], accepted, offered, limits)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

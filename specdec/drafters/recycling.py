@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from specdec import trees
 from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import recycling_file
+from specdec.drafters import recycling_numba as kernels
 from specdec.drafters.adjacency import Adjacency, count_ranks
 from specdec.drafters.namespaces import Namespaces
 from specdec.drafters.recycling_template import paper_template
@@ -146,11 +148,9 @@ class RecyclingDrafter:
         return DraftTree(tokens, parents, probability, (self.name,) * len(tokens))
 
     def _grown(self, memory: Adjacency, root: int, budget: Budget) -> Arrays:
-        rates = self._ranks.rate.reshape(LEVELS, self.k)
+        limits = budget.nodes, budget.depth, budget.width, float(budget.least)
         with memory.lock:
-            return trees.grow_adjacency(
-                memory.matrix, rates, root, budget.nodes, budget.depth, budget.width, budget.least
-            )
+            return cast(Arrays, kernels.unfold(memory.matrix, self._ranks.accepted, self._ranks.offered, root, limits))
 
     def _filled(self, template: Template, memory: Adjacency, root: int, budget: Budget) -> Arrays:
         with memory.lock:

@@ -162,11 +162,11 @@ class SuffixDrafter:
         found, paths, n, score, _ = memory.draft(text, context, limits)
         if context.finished:
             del context.scratch[self]
-        parents, probability = found[1, :n], paths[:n]
-        tree = DraftTree(found[0, :n], parents, probability, (self.name,) * n)
+        tokens, parents, probability = found[0, :n], found[1, :n], paths[:n]
         if budget.least > 0 and probability.min() < budget.least:
-            tree = tree.take(trees.prune(parents, probability, n, n, n, budget.least))
-        return tree, score
+            kept = trees.prune(parents, probability, n, n, n, budget.least)
+            tokens, parents, probability = trees.select(tokens, parents, probability, kept)
+        return DraftTree(tokens, parents, probability, (self.name,) * len(tokens)), score
 
     def _text(self, context: Context, memory: Memory) -> Text:
         """A new context's own tree, an earlier one's if that was its beginning; the prompt is entered unlocked."""

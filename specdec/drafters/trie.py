@@ -44,11 +44,18 @@ class Trie:
 
     def count(self, tokens: Int[np.ndarray, " length"], known: int) -> None:
         """Count the n-grams that end at position ``known`` or later; those that end before were counted."""
-        for position in range(known, len(tokens), PIECE):
+        known = self.prepare(tokens, known)
+        kernels.count_ngrams(self.arrays, tokens, known, self.longest, self.largest)
+
+    def prepare(self, tokens: Int[np.ndarray, " length"], known: int) -> int:
+        """``count`` what is new but for the last piece, and make room for that; the position where it begins."""
+        while len(tokens) - known > PIECE:
             self._make_room()
-            start = max(0, position - self.longest)
-            piece = tokens[start : position + PIECE]
-            kernels.count_ngrams(self.arrays, piece, position - start, self.longest, self.largest)
+            kernels.count_ngrams(self.arrays, tokens[: known + PIECE], known, self.longest, self.largest)
+            known += PIECE
+        if known < len(tokens):
+            self._make_room()
+        return known
 
     @property
     def bytes_used(self) -> int:
@@ -83,7 +90,9 @@ class Trie:
         """Room for what one piece of text may bring."""
         old = self.arrays
         rows = len(old[0])
-        if rows - old[2][kernels.LIVE] < self._room and rows < self._most:
+        if rows - old[2][kernels.LIVE] >= self._room:
+            return
+        if rows < self._most:
             self._clear(min(2 * rows, self._most))
             for before, after in zip(old, self.arrays, strict=True):
                 after[: len(before)] = before
