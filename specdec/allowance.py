@@ -38,14 +38,18 @@ class Typical:
 
     Args:
         guess: stands for them until there is one.
+
+    Attributes:
+        value: the lesser of two that are in the middle.
     """
 
     def __init__(self, guess: float) -> None:
-        self._guess, self._last = guess, deque[float](maxlen=5)
+        self.value, self._last = guess, deque[float](maxlen=5)
 
     def see(self, value: float) -> None:
         """One more measurement."""
         self._last.append(value)
+        self.value = sorted(self._last)[(len(self._last) - 1) // 2]
 
     def charge(self, value: float, long: float) -> float:
         """``see`` a call's seconds, and say how many of them to charge for: few of a first one that was ``long``."""
@@ -64,8 +68,3 @@ class Typical:
     def seen(self) -> int:
         """How many there are, up to five."""
         return len(self._last)
-
-    @property
-    def value(self) -> float:
-        """The lesser of two that are in the middle."""
-        return sorted(self._last)[(len(self._last) - 1) // 2] if self._last else self._guess

@@ -65,7 +65,7 @@ class DraftTree:
         if len(kept) == len(self):
             return self
         tokens, parents, probability = trees.select(self.tokens, self.parents, self.probability, kept)
-        source = tuple(self.source[node] for node in kept.tolist())
+        source = tuple(map(self.source.__getitem__, kept.tolist()))
         return DraftTree(tokens, parents, probability, source, None if self.q is None else self.q[kept], self.law)
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class Context:
     """
 
     def __init__(self, prompt: Sequence[int] | np.ndarray, namespace: str = "") -> None:
-        self._tokens = np.array(prompt, dtype=np.int64)
+        self._hold(np.array(prompt, dtype=np.int64))
         self._length = self.prompt_length = len(self._tokens)
         self.namespace = namespace
         self.verdict: Verdict | None = None
@@ -163,9 +163,7 @@ class Context:
     @property
     def tokens(self) -> Int[np.ndarray, " length"]:
         """All committed tokens, the prompt's first; a read-only view that later steps do not change."""
-        view = self._tokens[: self._length]
-        view.flags.writeable = False
-        return view
+        return self._shown[: self._length]
 
     def extend(self, verdict: Verdict) -> None:
         """Commit what a verdict says; amortised constant time per token."""
@@ -173,11 +171,15 @@ class Context:
         if end > len(self._tokens):
             grown = np.empty(2 * end, np.int64)
             grown[: self._length] = self.tokens
-            self._tokens = grown
+            self._hold(grown)
         self._tokens[self._length : end] = verdict.tokens
         self._length = end
         self.verdict = verdict
         self.steps += 1
+
+    def _hold(self, tokens: Int[np.ndarray, " room"]) -> None:
+        self._tokens, self._shown = tokens, tokens.view()
+        self._shown.flags.writeable = False
 
 
 @runtime_checkable

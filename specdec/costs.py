@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
@@ -70,21 +71,19 @@ class Costs:
 
     def times(self, nodes: int, context: int, rows: int = 1) -> Float[np.ndarray, " sizes"]:
         """Seconds of passes over 1, 2, ... ``nodes`` nodes per row, roots included; none larger than ``LARGEST``."""
-        sizes = np.arange(1, max(1, min(nodes, LARGEST // rows)) + 1)
-        fed = np.minimum(rows * sizes, LARGEST)
-        least = self.curve[fed[0] - 1] * (1 + self.rise * (fed - fed[0]))
-        times: np.ndarray = np.maximum(self.curve[fed - 1], least) + rows * context * (self.read + self.attend * sizes)
-        return times
+        sizes = max(1, min(nodes, LARGEST // rows))
+        return cast(np.ndarray, _times(self.curve, self.rise, self.read, self.attend, sizes, context, rows))
 
     def time(self, nodes: int, context: int, rows: int = 1) -> float:
         """Seconds of a pass over so many nodes per row, the root included."""
         fed, roots = min(rows * nodes, LARGEST), min(rows, LARGEST)
-        least = self.curve[roots - 1] * (1 + self.rise * (fed - roots))
-        return float(max(self.curve[fed - 1], least)) + rows * context * (self.read + self.attend * nodes)
+        least = self.curve.item(roots - 1) * (1 + self.rise * (fed - roots))
+        seconds: float = max(self.curve.item(fed - 1), least)
+        return seconds + rows * context * (self.read + self.attend * nodes)
 
     def doubt(self, nodes: int, rows: int = 1) -> float:
         """By how much the time of a pass over so many nodes per row may be misjudged, as a share of a plain one's."""
-        least = min(self.seen[min(rows, LARGEST) - 1], self.seen[min(rows * nodes, LARGEST) - 1])
+        least = min(self.seen.item(min(rows, LARGEST) - 1), self.seen.item(min(rows * nodes, LARGEST) - 1))
         return DOUBT / math.sqrt(least)
 
     def learn(self, nodes: int, context: int, rows: int, seconds: float) -> None:
@@ -94,7 +93,7 @@ class Costs:
         """
         if seconds <= 0 or rows * nodes > LARGEST:
             return
-        expected = self.curve[rows * nodes - 1] + rows * context * (self.read + self.attend * nodes)
+        expected = self.curve.item(rows * nodes - 1) + rows * context * (self.read + self.attend * nodes)
         surprise = math.log(seconds / expected)
         learn(self.curve, self.seen, rows * nodes, min(max(surprise, -SURPRISE), SURPRISE))
 
@@ -139,10 +138,26 @@ def _least_rise(curve: Float[np.ndarray, " sizes"]) -> float:
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def learn(curve: np.ndarray, seen: np.ndarray, fed: int, surprise: float) -> None:
     """What ``Costs.learn`` does: ``surprise`` is the logarithm of what a pass took over what was expected of it."""
+    last, factor = 0.0, 1.0
     for n in range(1, len(curve) + 1):
         likeness = (min(n, fed) / max(n, fed)) ** 16  # a step of the curve at some size does not blur much
         moved = SHARED + (1 - SHARED) * likeness
-        curve[n - 1] *= np.exp(max(FRESH, 1 / (1 + seen[n - 1])) * surprise * moved)
+        power = max(FRESH, 1 / (1 + seen[n - 1])) * surprise * moved
+        if power != last:  # sizes far from this one mostly move alike
+            last, factor = power, np.exp(power)
+        curve[n - 1] *= factor
         seen[n - 1] += moved
     for n in range(1, fed):
         curve[n - 1] = min(curve[n - 1], curve[fed - 1])
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _times(
+    curve: np.ndarray, rise: float, read: float, attend: float, sizes: int, context: int, rows: int
+) -> np.ndarray:
+    times, roots = np.empty(sizes), min(rows, len(curve))
+    for nodes in range(1, sizes + 1):
+        fed = min(rows * nodes, len(curve))
+        least = curve[roots - 1] * (1 + rise * (fed - roots))
+        times[nodes - 1] = max(curve[fed - 1], least) + rows * context * (read + attend * nodes)
+    return times

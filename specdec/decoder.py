@@ -65,4 +65,6 @@ class Decoder:
         if budget.nodes <= 0:
             return NOTHING
         depth = max(0, min(budget.depth, self.room(context)))
+        if depth == budget.depth and depth and budget.width:
+            return budget
         return Budget(budget.nodes if depth and budget.width else 0, depth, budget.width, budget.least)

@@ -11,7 +11,7 @@ from specdec import trees
 from specdec.core import Budget, Context, Drafter, DraftTree, learns
 from specdec.statistics import Stats
 
-ANY_SIZE = 1 << 30  # a tree that is too large is cut, not refused
+ANY_SIZE = (1 << 30,) * 3  # nodes, depth and width: a tree that is too large is cut, not refused
 
 
 class GuardedDrafter:
@@ -32,45 +32,47 @@ class GuardedDrafter:
 
     def draft(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[DraftTree]:
         """One sound tree per context, within its budget; where none is wanted, who can catch up later is not called."""
-        roots = [DraftTree.root(int(context.tokens[-1])) for context in contexts]
         due = any(budget.nodes > 0 for budget in budgets) or any(context.finished for context in contexts)
         if not (due or learns(self)):
-            return roots
+            return self._roots(contexts)
         try:
             with self.stats.clock("draft"):
                 drafted = self.drafter.draft(contexts, budgets)
         except Exception as error:  # a third party's code may raise anything; it is counted and said
             self.stats.fault(self.name, f"raised {type(error).__name__}: {error}")
-            return roots
+            return self._roots(contexts)
         if hasattr(self.drafter, "take_faults"):  # a drafter made of others, some of which may have failed
             for name, text in self.drafter.take_faults():
                 self.stats.fault(name, text)
         if not isinstance(drafted, (list, tuple)) or len(drafted) != len(contexts):
             self.stats.fault(self.name, f"returned {type(drafted).__name__} instead of {len(contexts)} trees")
-            return roots
-        return [self._sound(*triple) for triple in zip(drafted, roots, budgets, strict=True)]
+            return self._roots(contexts)
+        lasts = [int(context.tokens[-1]) for context in contexts]
+        return [self._sound(*triple) for triple in zip(drafted, lasts, budgets, strict=True)]
 
-    def _sound(self, tree: DraftTree, root: DraftTree, budget: Budget) -> DraftTree:
+    def _roots(self, contexts: Sequence[Context]) -> list[DraftTree]:
+        return [DraftTree.root(int(context.tokens[-1])) for context in contexts]
+
+    def _sound(self, tree: DraftTree, last: int, budget: Budget) -> DraftTree:
         if not isinstance(tree, DraftTree):
             self.stats.fault(self.name, f"returned a {type(tree).__name__} where a DraftTree was due")
-            return root
-        last, size = int(root.tokens[0]), ANY_SIZE
-        sizes, twins = (self.vocab, size, size, size), tree.law == "iid"
-        fault = trees.fault(tree.tokens, tree.parents, tree.probability, last, *sizes, twins)
-        if fault := fault or _unlabelled(tree):
+            return DraftTree.root(last)
+        size = budget.nodes, budget.depth, 1 if self.chains else budget.width
+        unfit = self._fault(tree, last, size)  # mostly None, and then one look was enough
+        if fault := (unfit and self._fault(tree, last, ANY_SIZE)) or _unlabelled(tree):
             self.stats.fault(self.name, fault)
-            return root
-        return self._within(tree, budget)
+            return DraftTree.root(last)
+        return self._cut(tree, size, budget) if unfit else tree
 
-    def _within(self, tree: DraftTree, budget: Budget) -> DraftTree:
-        if len(tree) == 1:
-            return tree
-        width = 1 if self.chains else budget.width
+    def _fault(self, tree: DraftTree, last: int, size: tuple[int, int, int]) -> str | None:
+        return trees.fault(
+            tree.tokens, tree.parents, tree.probability, last, self.vocab, *size, twins=tree.law == "iid"
+        )
+
+    def _cut(self, tree: DraftTree, size: tuple[int, int, int], budget: Budget) -> DraftTree:
         # What is cut off a sampled tree must not depend on what was sampled: the last draws go.
         weight = tree.probability if tree.law is None else np.ones(len(tree), np.float32)
-        kept = trees.prune(tree.parents, weight, budget.nodes, budget.depth, width, 0.0)
-        if len(kept) == len(tree):
-            return tree
+        kept = trees.prune(tree.parents, weight, *size, 0.0)
         if not self.chains:
             self.stats.fault(self.name, f"drafted {len(tree) - 1} nodes beyond its budget of {budget}")
         return tree.take(kept)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from specdec import trees
 from specdec.core import Verdict
 from specdec.prometheus import exposition
 
@@ -104,14 +101,9 @@ class Stats:
         deepest = max(self.drafted_at_depth, default=0)
         return [self.accepted_at_depth[d] / self.drafted_at_depth[d] for d in range(1, deepest + 1)]
 
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds[part]``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spend(part, time.perf_counter() - start)
+    def clock(self, part: str) -> Clock:
+        """A context that adds the time spent inside to ``seconds[part]``."""
+        return Clock(self, part)
 
     def spend(self, part: str, seconds: float) -> None:
         """Add to the time of one part."""
@@ -121,17 +113,18 @@ class Stats:
 
     def observe(self, verdict: Verdict) -> None:
         """Add one row's verdict to the counts."""
+        guessed = not verdict.prompt and len(verdict.tree) > 1
+        self.count(verdict, _depth(verdict.tree.parents.tolist()) if guessed else 0)
+
+    def count(self, verdict: Verdict, depth: int) -> None:
+        """Add a verdict on guesses that were so deep, here and at the parent; 0 where nothing was guessed."""
         if self.parent is not None:
-            self.parent.observe(verdict)
-        if verdict.prompt:
-            self.steps, self.tokens = self.steps + 1, self.tokens + len(verdict.tokens)
-            return
+            self.parent.count(verdict, depth)
         self.steps += 1
         self.tokens += len(verdict.tokens)
-        if len(verdict.tree) == 1:
+        if not depth:
             return
         accepted = len(verdict.path) - 1
-        depth = int(trees.depths(verdict.tree.parents).max())
         self.drafted += len(verdict.tree) - 1
         self.accepted += accepted
         for d in range(1, depth + 1):
@@ -141,11 +134,13 @@ class Stats:
         self._count_sources(verdict)
 
     def _count_sources(self, verdict: Verdict) -> None:
-        source = verdict.tree.source
-        for name, n in Counter(source[1:]).items():
-            self.by_drafter.setdefault(name, {"drafted": 0, "accepted": 0})["drafted"] += n
+        source, known = verdict.tree.source, self.by_drafter
+        for name in source[1:]:
+            if name not in known:
+                known[name] = {"drafted": 0, "accepted": 0}
+            known[name]["drafted"] += 1
         for node in verdict.path[1:].tolist():
-            self.by_drafter[source[node]]["accepted"] += 1
+            known[source[node]]["accepted"] += 1
 
     def reuse(self, tokens: int) -> None:
         """Count tokens of a prompt that need not be read."""
@@ -200,3 +195,26 @@ class Stats:
             f"Stats(level={self.level!r}, tokens={self.tokens}, steps={self.steps}, "
             f"tokens_per_step={self.tokens_per_step:.2f}, accepted={self.accepted}/{self.drafted})"
         )
+
+
+class Clock:
+    """Adds the time between entering and leaving it to a part's, however it is left."""
+
+    __slots__ = ("_part", "_start", "_stats")
+
+    def __init__(self, stats: Stats, part: str) -> None:
+        self._stats, self._part = stats, part
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._stats.spend(self._part, time.perf_counter() - self._start)
+
+
+def _depth(parents: list[int]) -> int:
+    """Of the deepest node; for trees as small as are verified, quicker than a call of compiled code."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)

@@ -12,7 +12,7 @@ import torch
 
 import specdec
 from specdec import attach, storage, timing
-from specdec.costs import LARGEST, SAVED_FOR, VERSION, Costs
+from specdec.costs import FRESH, LARGEST, SAVED_FOR, SHARED, VERSION, Costs
 from tests import tiny
 from tests.simulation import KERNELS, QUICK, table
 from tests.tiny import prompt
@@ -118,6 +118,17 @@ class TestLearning:
         costs.curve[:8] = 0.5
         costs.learn(16, 0, 1, 0.04)
         assert costs.curve[:16].max() <= 0.04 * 1.01
+
+    def test_each_size_moves_by_how_often_it_was_seen_and_how_alike_it_is(self) -> None:
+        costs, rng = Costs(KERNELS), np.random.default_rng(0)
+        costs.seen[:] = rng.choice([5.0, 5.0, 20.0, 30.0], LARGEST)
+        before, seen, fed = costs.curve.copy(), costs.seen.copy(), np.arange(1, LARGEST + 1)
+        costs.learn(12, 0, 1, 1.2 * before[11])
+        moved = SHARED + (1 - SHARED) * (np.minimum(fed, 12) / np.maximum(fed, 12)) ** 16
+        expected = before * 1.2 ** (np.maximum(FRESH, 1 / (1 + seen)) * moved)
+        expected[:12] = np.minimum(expected[:12], expected[11])
+        assert costs.curve == pytest.approx(expected, rel=1e-12)
+        assert costs.seen == pytest.approx(seen + moved)
 
     def test_nothing_is_learnt_from_nothing(self) -> None:
         costs = Costs(KERNELS)

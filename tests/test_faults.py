@@ -12,7 +12,9 @@ import torch
 
 import specdec
 from specdec.core import Budget, Context, DraftTree
+from specdec.guard import GuardedDrafter
 from specdec.policies import FixedPolicy
+from specdec.statistics import Stats
 from tests import tiny
 from tests.tiny import VOCAB, Both, Oracle, both, padded, prompt
 
@@ -194,6 +196,23 @@ class TestBeyondTheBudget:
 
         result, _ = run(model, Faulty(trees(make)))
         assert result.stats.tokens_per_step > 3
+
+    def test_what_is_malformed_is_not_cut_but_refused(self, model: Any) -> None:
+        def make(context: Context) -> DraftTree:
+            tree = self.deep(context)
+            tree.probability[200] = 2.0
+            return tree
+
+        result, _ = run(model, Faulty(trees(make)))
+        assert all("node 200 has probability 2.0" in fault for fault in result.stats.faults)
+        assert result.stats.drafted == 0
+
+    def test_chains_are_cut_from_trees_where_no_more_can_be_verified(self) -> None:
+        stats = Stats()
+        guard = GuardedDrafter(Faulty(trees(tree)), stats, VOCAB, chains=True)
+        (left,) = guard.draft([Context([4])], [Budget(12, 5, 6)])
+        assert left.tokens.tolist() == [4, 5]
+        assert stats.fault_count == 0
 
     def test_nothing_was_asked_for(self, model: Any) -> None:
         drafter = Faulty(trees(tree))

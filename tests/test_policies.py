@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, reduce
 
 import numpy as np
@@ -44,6 +45,17 @@ def chain(probability: float, nodes: int = 16) -> DraftTree:
     return DraftTree.chain(7, [7] * nodes, [probability**i for i in range(1, nodes + 1)], "test")
 
 
+def bushy(rng: np.random.Generator) -> DraftTree:
+    """Up to 40 nodes anywhere, each with the odds of a power of two, given its parent."""
+    n = int(rng.integers(1, 40))
+    parents, probability = np.full(n + 1, -1), np.ones(n + 1, np.float32)
+    for node in range(1, n + 1):
+        parents[node] = rng.integers(0, node)
+        odds = 2.0 ** rng.integers(-3, 6)
+        probability[node] = probability[parents[node]] * odds / (1 + odds)
+    return DraftTree(np.arange(7, n + 8), parents, probability, ("",) * (n + 1))
+
+
 class TestTheBestSize:
     """What is verified where estimates are right and nothing is uncertain."""
 
@@ -68,6 +80,27 @@ class TestTheBestSize:
         (left,) = trimmed(ThroughputPolicy(costs(lambda n: 1 + 0.3 * (n - 1))), tree)
         assert left.tokens.tolist() == [7, 2, 4]
         assert left.parents.tolist() == [-1, 0, 1]
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_is_that_of_trying_every_size(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        table, drafting = costs(lambda n: 1 + rng.uniform(0, 0.1) * (n - 1)), float(rng.uniform(0, 0.2))
+        drafted = [bushy(rng) for _ in range(1 + seed % 4)]
+        rows, ranked = len(drafted), [np.argsort(-tree.probability, kind="stable") for tree in drafted]
+        seconds = drafting + table.times(65, 1, rows)
+        gains = [tree.probability[order].cumsum() for tree, order in zip(drafted, ranked, strict=True)]
+        rate = [np.mean([gain[: n + 1][-1] for gain in gains]) / seconds[n] for n in range(min(40, len(seconds)))]
+        left = trimmed(ThroughputPolicy(table), *drafted, drafting=drafting)
+        best = int(np.argmax(rate))
+        assert best
+        for tree, order, kept in zip(drafted, ranked, left, strict=True):
+            assert kept.tokens.tolist() == tree.tokens[np.sort(order[: best + 1])].tolist()
+
+    def test_is_the_whole_of_a_sampled_tree_whatever_of_others(self) -> None:
+        sampled = replace(chain(1 / 17), law="swor")
+        sure, left = trimmed(ThroughputPolicy(costs(lambda n: 1 + 0.2 * (n - 1))), chain(8 / 9), sampled)
+        assert 1 < len(sure) < 17
+        assert len(left) == 17
 
     def test_is_the_same_for_the_rows_of_a_batch(self) -> None:
         def left(*trees: DraftTree) -> list[int]:

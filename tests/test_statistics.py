@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import specdec
+from specdec.bench.counts import Counts
 from specdec.core import DraftTree, Verdict
 from specdec.policies import FixedPolicy
 from specdec.statistics import SECONDS, SpecdecWarning, Stats
@@ -112,6 +113,13 @@ class TestParent:
         assert (parent.steps, parent.tokens, parent.accepted) == (4, 8, 4)
         assert parent.acceptance_by_depth == stats.acceptance_by_depth
         assert parent.by_drafter == {"a": {"drafted": 10, "accepted": 4}}
+
+    def test_one_that_counts_more_does_so_for_its_children(self) -> None:
+        parent = Counts()
+        for each in (first(), verdict(FORK, [0, 1, 4]), verdict([-1], [0])):
+            Stats(parent).observe(each)
+        assert parent.depths == {"3": 1, "0": 1}
+        assert parent.accepted_lengths == {"2": 1, "0": 1}
 
     def test_it_alone_warns(self) -> None:
         parent = Stats()

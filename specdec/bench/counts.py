@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from specdec import trees
 from specdec.core import Verdict
 from specdec.statistics import Stats
 
@@ -36,14 +35,14 @@ class Counts(Stats):
         for name in HISTOGRAMS:
             setattr(self, name, Counter())
 
-    def observe(self, verdict: Verdict) -> None:
-        """Add one row's verdict."""
-        super().observe(verdict)
+    def count(self, verdict: Verdict, depth: int) -> None:
+        """Add a verdict on guesses that were so deep."""
+        super().count(verdict, depth)
         if verdict.prompt:
             return
         accepted, parents = len(verdict.path) - 1, verdict.tree.parents
         self.accepted_lengths[str(accepted)] += 1
-        self.depths[str(trees.depths(parents).max())] += 1
+        self.depths[str(depth)] += 1
         self.sizes[str(len(parents))] += 1
         if (parents == verdict.path[-1]).any():
             self.refused[str(accepted)] += 1

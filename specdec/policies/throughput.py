@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int
 
-from specdec import trees as shapes
 from specdec.allowance import FIRST, Allowance, Typical
-from specdec.calibration import Acceptance, believed, estimate_kinds
+from specdec.calibration import Acceptance, believed
 from specdec.core import Budget, Context, DraftTree
 from specdec.costs import LARGEST, Costs
+from specdec.policies import throughput_numba as kernels
 
 CAUTION, WEIGHT = 0.9, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
 REMEMBERED = 64.0  # guesses of a kind: texts differ
@@ -28,7 +28,7 @@ SCARCE = 0.15  # how much more a tree must promise when nothing may be lost any 
 # lost, but no more than this.
 DOUBTED, SPARED, MOST_SPARED = 0.05, 0.5, 0.05
 LEAST = 0.4  # plain steps that a text may lose besides a try, whatever was lost on the one before
-NOTHING, ROOT, UNTIMED = Budget(0, 0, 0), np.zeros(1, np.int64), np.empty(0)
+NOTHING, ROOT, UNTIMED, ALONE = Budget(0, 0, 0), np.zeros(1, np.int64), np.empty(0), np.ones(1)
 USUAL = 3e-4  # seconds of a call that drafts, until one has been timed
 
 
@@ -147,9 +147,8 @@ class ThroughputPolicy:
 
     def _worthwhile(self, times: Float[np.ndarray, " sizes"]) -> Budget:
         """The largest tree, without nodes that would not pay even if they came at their cheapest."""
-        largest, more = self.largest, np.arange(1, len(times))
-        least = float(((times[1:] / times[0] - 1) / more).min()) if len(more) else 1.0
-        return Budget(len(more), largest.depth, largest.width, max(0.0, 0.5 * least))
+        largest, least = self.largest, kernels.least_rise(times)
+        return Budget(len(times) - 1, largest.depth, largest.width, max(0.0, 0.5 * least))
 
     def trim(self, contexts: Sequence[Context], trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Each tree's likeliest nodes, the same number for all rows of the batch; of sampled trees, all.
@@ -163,40 +162,36 @@ class ThroughputPolicy:
             step.nodes = 1
             return [tree.take(ROOT) for tree in trees]
         step.drafting = self.drafting.charge(self.clock() - step.started, step.plain)
-        kinds = [estimate_kinds(tree.parents, tree.probability) for tree in trees]
-        paths = [step.text.acceptance.paths(tree.parents, kind) for tree, kind in zip(trees, kinds, strict=True)]
-        for context, tree, kind in zip(contexts, trees, kinds, strict=True):
-            context.scratch[self] = step, (len(context.tokens), tree, kind)
-        n = self._best(step, paths, self._weights(contexts))
-        kept = [
-            _likeliest(tree.parents, path, n) if tree.law is None else np.arange(len(tree))
-            for tree, path in zip(trees, paths, strict=True)
-        ]
+        n, kinds, rank = self._best(step, trees, self._weights(contexts))
+        kept, start = list[DraftTree](), 0
+        for context, tree in zip(contexts, trees, strict=True):
+            row = slice(start, start + len(tree))
+            context.scratch[self] = step, (len(context.tokens), tree, kinds[row])
+            kept.append(tree if tree.law is not None else tree.take(np.flatnonzero(rank[row] <= n)))
+            start = row.stop
         step.nodes = max(map(len, kept))
-        return [tree.take(each) for tree, each in zip(trees, kept, strict=True)]
+        return kept
 
     def _weights(self, contexts: Sequence[Context]) -> Float[np.ndarray, " rows"]:
         """How much each row's tokens count; 1 together."""
+        if len(contexts) == 1:
+            return ALONE
         written = np.array([len(context.tokens) - context.prompt_length for context in contexts]) + START
         behind = (written.min() / written) ** LAG
         weights: Float[np.ndarray, " rows"] = behind / behind.sum()
         return weights
 
     def _best(
-        self, step: Step, paths: Sequence[Float[np.ndarray, " nodes"]], weights: Float[np.ndarray, " rows"]
-    ) -> int:
-        """How many nodes of each row to verify."""
-        seconds = step.drafting + step.times[: max(map(len, paths))]
-        tokens = np.ones(len(seconds))
-        for path, weight in zip(paths, weights, strict=True):
-            gain = weight * np.sort(path[1:])[::-1][: len(seconds) - 1].cumsum()
-            tokens[1 : len(gain) + 1] += gain
-            tokens[len(gain) + 1 :] += gain[-1] if len(gain) else 0.0
-        left = step.text.allowance.left
-        speed = np.where(seconds - step.plain <= left * step.plain, tokens / seconds, 0.0)
-        n = int(speed.argmax())
+        self, step: Step, trees: Sequence[DraftTree], weights: Float[np.ndarray, " rows"]
+    ) -> tuple[int, Int[np.ndarray, " nodes"], Int[np.ndarray, " nodes"]]:
+        """How many nodes of each row to verify; of all rows' nodes, one row behind another, the kinds and the ranks."""
+        sizes = np.array([len(tree) for tree in trees])
+        parents, probability = _joined([tree.parents for tree in trees]), _joined([tree.probability for tree in trees])
+        known, left = step.text.acceptance, step.text.allowance.left
+        rates, seconds = (known.accepted, known.offered), (step.times, step.drafting, step.plain)
+        kinds, rank, n, speed, plain = kernels.choose(parents, probability, sizes, weights, *rates, *seconds, left)
         margin = SCARCE * max(0.0, 1 - left / FIRST) + self.costs.doubt(1 + n, step.text.rows)
-        return n if speed[n] > (WORTH + margin) * speed[0] else 0
+        return n if speed > (WORTH + margin) * plain else 0, kinds, rank
 
     def _learn(self, contexts: Sequence[Context]) -> Text | None:
         """See what became of the last step, once."""
@@ -221,14 +216,11 @@ class ThroughputPolicy:
         if step.nodes > 1:
             spent += self.costs.time(step.nodes, step.context, rows) / step.plain - 1
             spent += self.costs.doubt(step.nodes, rows)
-            tokens = float(np.average(committed, weights=self._weights(contexts)))
+            tokens = sum(weight * n for weight, n in zip(self._weights(contexts).tolist(), committed, strict=True))
         spared = min(SPARED * max(0.0, self.costs.spare - DOUBTED), MOST_SPARED)
         step.text.allowance.settle(spent, tokens * (1 + spared) - spent)
         self.left = step.text.allowance.left
 
 
-def _likeliest(
-    parents: Int[np.ndarray, " nodes"], paths: Float[np.ndarray, " nodes"], n: int
-) -> Int[np.ndarray, " kept"]:
-    size = len(parents)
-    return shapes.prune(parents, paths, n, size, size, 0.0)
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
