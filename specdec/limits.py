@@ -8,6 +8,7 @@ from typing import Any
 from specdec.core import Context
 
 UNLIMITED = 1 << 30
+NEAR = 1024  # nodes of a pass at most
 
 
 def room(
@@ -51,6 +52,19 @@ def rotary_change(config: Any, length: int, max_length: int | None, earlier: int
     trained = _original(config, rope) or known
     past = max_length is None or max_length + earlier > trained
     return trained if past and (length + earlier <= trained or "dynamic" in kinds) else None
+
+
+def temperature_change(config: Any, length: int, max_length: int | None, earlier: int) -> int | None:
+    """The text length, within this generation, at which the model scales queries anew; None if there is none.
+
+    Llama 4's layers without rotary embeddings scale a query by how many times ``floor_scale`` its token stands behind,
+    and count a pass's nodes one by one, where a tree's depth is meant. Within that many tokens all scale alike.
+    """
+    scale = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    if not scale:
+        return None
+    change = int(((length + earlier) // scale + 1) * scale)
+    return change if max_length is None or max_length + earlier + NEAR >= change else None
 
 
 def _original(config: Any, rope: dict[str, Any]) -> int | None:

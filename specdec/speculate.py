@@ -23,7 +23,7 @@ from specdec.compiled import load_compiled
 from specdec.core import Choice, Context, Drafter, Policy, Unsupported
 from specdec.decoder import Decoder
 from specdec.guard import GuardedDrafter
-from specdec.limits import room, rotary_change
+from specdec.limits import room, rotary_change, temperature_change
 from specdec.model import Model
 from specdec.policies import ThroughputPolicy
 from specdec.recorder import Recorder, recorder
@@ -144,6 +144,9 @@ class Speculate:
         changes = rotary_change(target.config, input_ids.shape[1], sampler.max_length, earlier)
         if changes is not None:
             raise Unsupported(f"the text may pass {changes} tokens, where this model's rotary embedding changes")
+        changes = temperature_change(target.config, input_ids.shape[1], sampler.max_length, earlier)
+        if changes is not None:
+            raise Unsupported(f"the text may come near {changes} tokens, where this model scales its queries anew")
         with stats.clock("prefill"):
             rows = _prompt_rows(drafter.topk, target.config.vocab_size, input_ids.shape[0])
             logits = target.start(input_ids, generation_config, model_kwargs, rows)

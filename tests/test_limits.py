@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 
 import specdec
 from specdec.core import Budget, Context, DraftTree
-from specdec.limits import UNLIMITED, positions_left, room, rotary_change
+from specdec.limits import NEAR, UNLIMITED, positions_left, room, rotary_change, temperature_change
 from specdec.policies import FixedPolicy
 from tests import tiny
 from tests.tiny import Oracle, both, padded, prompt, same
@@ -215,3 +216,38 @@ class TestRoom:
 def test_rotary_changes(rope: Any, length: int, max_length: int | None, earlier: int, change: int | None) -> None:
     config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=64)
     assert rotary_change(config, length, max_length, earlier) == change
+
+
+@pytest.mark.parametrize(
+    ("tuned", "length", "max_length", "earlier", "change"),
+    [
+        (True, 10, 8191 - NEAR, 0, None),
+        (True, 10, 8192 - NEAR, 0, 8192),
+        (True, 10, 8191 - NEAR, 1, 8192),
+        (True, 10, None, 0, 8192),
+        (True, 8191, 8200, 0, 8192),
+        (True, 8192, 9000, 0, None),
+        (True, 100, 7000, 8092, None),
+        (False, 10, 9000, 0, None),
+    ],
+)
+def test_temperature_changes(tuned: bool, length: int, max_length: int | None, earlier: int, change: int) -> None:
+    config = SimpleNamespace(attn_temperature_tuning=tuned, floor_scale=8192)
+    assert temperature_change(config, length, max_length, earlier) == change
+    assert temperature_change(SimpleNamespace(), length, max_length, earlier) is None
+
+
+@pytest.mark.parametrize("scale", [64, 8192])
+def test_where_queries_are_scaled_anew_nothing_is_drafted(scale: int) -> None:
+    """A tree's nodes would be scaled by their places in the pass."""
+    experts = {"moe_layers": [], "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
+    tuned = {"attn_temperature_tuning": True, "floor_scale": scale, "no_rope_layers": [0, 1]}
+    model = tiny.build("Llama4Text", **experts, **tuned)
+    expected = model.generate(prompt(50), max_new_tokens=30, do_sample=False, **FREE)
+    with specdec.speculating(model, Deep(), FixedPolicy(8, 8, 2)), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = model.generate(prompt(50), max_new_tokens=30, do_sample=False, **FREE)
+        stats = specdec.stats(model)
+    assert got.tolist() == expected.tolist()
+    assert (stats.plain_generations, stats.drafted > 0) == ((1, False) if scale == 64 else (0, True))
+    assert any("near 64 tokens" in str(each.message) for each in said) == (scale == 64)

@@ -15,7 +15,7 @@ from specdec.calibration import Acceptance, believed
 from specdec.core import Budget, Context, Drafter, DraftTree, Policy, Verdict
 from specdec.costs import Costs
 from specdec.drafters import MergedDrafter, NgramDrafter, RecyclingDrafter
-from specdec.policies import FixedPolicy, ThroughputPolicy
+from specdec.policies import FixedPolicy, ThroughputPolicy, throughput
 from tests import simulation, tiny
 from tests.simulation import KERNELS, PLAIN, QUICK, Clock, Markov, Paced, Played, Text
 from tests.tiny import Oracle, prompt
@@ -35,7 +35,8 @@ def trimmed(policy: ThroughputPolicy, *trees: DraftTree, length: int = 1, drafti
     policy.clock, policy.drafting = (clock := Clock()), Typical(drafting)
     policy.budget(contexts)
     text = contexts[0].scratch[policy][0].text
-    text.acceptance, text.allowance.left = Acceptance(believed(), 1e9), 1e9
+    text.acceptance = text.hope = Acceptance(believed(), 1e9)
+    text.allowance.left = 1e9
     clock.now += drafting
     return policy.trim(contexts, trees)
 
@@ -120,11 +121,29 @@ class TestTheBestSize:
             policy.drafting = Typical(0.0)
             policy.budget([context])
             text = context.scratch[policy][0].text
-            text.acceptance, text.allowance.left = Acceptance(believed(), 1e9), allowance
+            text.acceptance = text.hope = Acceptance(believed(), 1e9)
+            text.allowance.left = allowance
             return len(policy.trim([context], [chain(probability, 1)])[0]) - 1
 
         assert (left(1 / 3, 10.0), left(1 / 3, 0.2)) == (1, 0)
         assert (left(8 / 9, 10.0), left(8 / 9, 0.2)) == (1, 1)
+
+    def test_is_asked_with_hope_where_caution_would_verify_something(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a long guess each token is doubted, and the deep ones by all before them, too."""
+
+        def left(slope: float, tree: DraftTree, hope: float | np.ndarray = throughput.HOPE) -> int:
+            monkeypatch.setattr(throughput, "HOPE", hope)
+            policy, context = ThroughputPolicy(costs(lambda n: 1 + slope * (n - 1)), clock=Clock()), Context([7])
+            policy.drafting = Typical(0.0)
+            policy.budget([context])
+            return len(policy.trim([context], [tree])[0]) - 1
+
+        sure = chain(0.97)
+        assert 1 < left(0.1, sure, throughput.CAUTION) < left(0.1, sure) < 16
+        # A token of 0.8 is worth 1.8 steps to the hopeful, and 1.72 to the cautious, who decide; 1.11 times what it
+        # costs is asked for.
+        assert left(0.5, chain(0.8, 1), 1.0) == 1
+        assert left(0.6, chain(0.8, 1), 1.0) == 0
 
     def test_is_larger_where_drafting_takes_long(self) -> None:
         """Since that time is lost with each step."""
@@ -356,7 +375,7 @@ GOOD: dict[str, Callable[[int, int], list[int]]] = {
     "warm": WARM.text,
     "hot": HOT.text,
 }
-AGAINST_BEST = {"plain": 0.88, "kernels": 0.95, "quick": 0.9}  # a wrong guess costs most of a plain step in the first
+AGAINST_BEST = {"plain": 0.85, "kernels": 0.95, "quick": 0.9}  # a wrong guess costs most of a plain step in the first
 FIXED = [(0, 1, 1), (2, 2, 1), (4, 4, 1), (4, 4, 4), (8, 8, 1), (8, 4, 4), (16, 16, 1), (16, 8, 4), (32, 16, 4)]
 ALONE: dict[str, Callable[[Clock], Drafter]] = {
     "both": both,
@@ -372,8 +391,8 @@ def fixed(text: str, rows: int) -> list[Played]:
 
 
 def good(text: str) -> list[Text]:
-    """Four texts of a kind, each with its own prompt."""
-    return [(GOOD[text](2 * i, 100), GOOD[text](2 * i + 1, 400)) for i in range(4)]
+    """Eight texts of a kind, each with its own prompt: of fewer, luck says more than the policy."""
+    return [(GOOD[text](2 * i, 100), GOOD[text](2 * i + 1, 400)) for i in range(8)]
 
 
 def speed(played: Played, rows: int, table: dict[int, float]) -> float:
@@ -415,11 +434,13 @@ class TestLearning:
 
     @pytest.mark.parametrize("unit", [0.012, 0.5, 5.0])
     def test_that_the_machine_is_quicker_or_slower_than_was_thought_changes_little(self, unit: float) -> None:
-        texts = good("copies")[:1]
         clock, seconds = Clock(), simulation.table(QUICK)
-        policy = ThroughputPolicy(Costs(QUICK), clock=clock)
-        played = simulation.play(texts, both(clock), policy, clock, lambda fed: unit * seconds(fed) / seconds(1))
-        assert played.speed() > 0.85 * play(texts, both, QUICK).speed()
+        drafter, policy = both(clock), ThroughputPolicy(Costs(QUICK), clock=clock)
+        taken = lambda fed: unit * seconds(fed) / seconds(1)  # noqa: E731
+        played = reduce(
+            Played.__add__, [simulation.play([text], drafter, policy, clock, taken) for text in good("copies")]
+        )
+        assert played.speed() > 0.9 * play(good("copies"), both, QUICK).speed()
 
     def test_that_large_passes_cost_more_than_was_thought(self) -> None:
         texts = [(simulation.random_text(0, 100), simulation.random_text(1, 600))]

@@ -11,12 +11,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specdec.allowance import FIRST, Allowance, Typical
-from specdec.calibration import Acceptance, believed
+from specdec.calibration import DEPTHS, KINDS, Acceptance, believed
 from specdec.core import Budget, Context, DraftTree
 from specdec.costs import LARGEST, Costs
 from specdec.policies import throughput_numba as kernels
 
-CAUTION, WEIGHT = 0.9, 8.0  # before anything is learnt: how far estimates are believed, and for how many guesses
+# Before anything is learnt in a text: how far estimates are believed, and for how many guesses that counts. Whether to
+# verify anything is asked with caution at every depth. But what is deep is rarely reached, and doubted there by its
+# whole path: how much to verify is asked with less of it the deeper a guess is.
+CAUTION, WEIGHT = 0.9, 8.0
+HOPE = np.tile((0.9, 0.95, 1.0, 1.0), KINDS // DEPTHS)
 REMEMBERED = 64.0  # guesses of a kind: texts differ
 WORTH = 1.02  # a tree that promises less than this times the speed without it is not worth the trouble
 ASKS = 16  # drafts that may have to be asked for until one is worth verifying
@@ -37,13 +41,15 @@ class Text:
 
     Attributes:
         rows: rows of the batch, those that have ended included, as they are fed too.
-        acceptance: how good guesses are in this text; other texts say how good they are at first.
+        acceptance: how good guesses are in this text, to the cautious; other texts say how good they are at first.
+        hope: the same with less caution the deeper a guess is.
         resting: whether the allowance is being saved up.
     """
 
     def __init__(self, rows: int, usual: Acceptance, left: float = FIRST) -> None:
         self.rows, self.resting = rows, False
         self.acceptance = Acceptance(CAUTION * usual.rate, WEIGHT, REMEMBERED)
+        self.hope = Acceptance(HOPE * usual.rate, WEIGHT, REMEMBERED)
         self.allowance = Allowance(left)
 
 
@@ -78,13 +84,13 @@ class ThroughputPolicy:
     A batch is done when its last row is, so rows that are ahead of the others count for less.
 
     T is measured and kept fresh. Probabilities are calibrated on line against what was committed, verified or not, and
-    in each new text believed but in part at first. n = 0 costs what a plain step costs. Nothing is risked beyond an
-    ``Allowance`` for each text, in plain steps: at worst 1.4 of them and 0.6% of the time are lost on it, and less
-    where the text before it lost all. Where our steps are clearly quicker than those of plain ``generate``, part of
-    what that saves may be lost too, up to 5% of a step. The less may still be lost, and the less sure it is what passes
-    cost, the more must a tree promise. Where none can be afforded, drafters are only told to catch up until one can,
-    which is what pays for trying again. A call that takes longer than all this is not made again before it has been
-    paid off, by later texts if need be.
+    in each new text believed but in part at first; where n is chosen, deep ones more. n = 0 costs what a plain step
+    costs. Nothing is risked beyond an ``Allowance`` for each text, in plain steps: at worst 1.4 of them and 0.6% of the
+    time are lost on it, and less where the text before it lost all. Where our steps are clearly quicker than those of
+    plain ``generate``, part of what that saves may be lost too, up to 5% of a step. The less may still be lost, and the
+    less sure it is what passes cost, the more must a tree promise. Where none can be afforded, drafters are only told
+    to catch up until one can, which is what pays for trying again. A call that takes longer than all this is not made
+    again before it has been paid off, by later texts if need be.
 
     The rule is the one behind SpecDec++'s threshold (arXiv 2405.19715) and Sequoia's hardware-aware tree
     (arXiv 2402.12374), with estimates made on line. Threads may share one: what is lost to a race does no harm.
@@ -187,11 +193,14 @@ class ThroughputPolicy:
         """How many nodes of each row to verify; of all rows' nodes, one row behind another, the kinds and the ranks."""
         sizes = np.array([len(tree) for tree in trees])
         parents, probability = _joined([tree.parents for tree in trees]), _joined([tree.probability for tree in trees])
-        known, left = step.text.acceptance, step.text.allowance.left
-        rates, seconds = (known.accepted, known.offered), (step.times, step.drafting, step.plain)
-        kinds, rank, n, speed, plain = kernels.choose(parents, probability, sizes, weights, *rates, *seconds, left)
-        margin = SCARCE * max(0.0, 1 - left / FIRST) + self.costs.doubt(1 + n, step.text.rows)
-        return n if speed > (WORTH + margin) * plain else 0, kinds, rank
+        known, hope, left = step.text.acceptance, step.text.hope, step.text.allowance.left
+        rates = known.accepted, known.offered, hope.accepted, hope.offered
+        margin = WORTH + SCARCE * max(0.0, 1 - left / FIRST)
+        seconds = step.times, step.drafting, step.plain
+        kinds, rank, n, speed, plain = kernels.choose(
+            parents, probability, sizes, weights, *rates, *seconds, left, margin
+        )
+        return n if speed > (margin + self.costs.doubt(1 + n, step.text.rows)) * plain else 0, kinds, rank
 
     def _learn(self, contexts: Sequence[Context]) -> Text | None:
         """See what became of the last step, once."""
@@ -206,7 +215,7 @@ class ThroughputPolicy:
         for context, _, guess in known:
             if guess is not None:
                 length, tree, kinds = guess
-                for acceptance in (self.acceptance, step.text.acceptance):
+                for acceptance in (self.acceptance, step.text.acceptance, step.text.hope):
                     acceptance.learn(tree.tokens, tree.parents, kinds, context.tokens[length:])
         return step.text
 

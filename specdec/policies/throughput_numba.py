@@ -25,41 +25,49 @@ def choose(
     weights: np.ndarray,
     accepted: np.ndarray,
     offered: np.ndarray,
+    hoped: np.ndarray,
+    hopes: np.ndarray,
     times: np.ndarray,
     drafting: float,
     plain: float,
     left: float,
+    margin: float,
 ) -> tuple[np.ndarray, np.ndarray, int, float, float]:
-    """The number of nodes per row for which tokens per second are most, among those by which no more may be lost.
+    """The number of nodes per row for which tokens per second are most.
 
-    Trees stand one behind another, ``sizes`` nodes of each.
+    Only numbers count by which no more than ``left`` may be lost, and that are worth it to the cautious: by
+    ``accepted / offered`` they give ``margin`` times the tokens per second of none. Which is best is a matter of
+    ``hoped / hopes``. Trees stand one behind another, ``sizes`` nodes of each.
 
     Returns:
         each node's kind, its rank in its tree by path probability, the root's being 0; then the number of nodes, and
-        tokens per second with so many and with none.
+        to the cautious tokens per second with so many and with none.
     """
     kinds, rank = np.empty(len(parents), np.int64), np.empty(len(parents), np.int64)
-    tokens = np.ones(min(len(times), sizes.max()))
+    tokens = np.ones((2, min(len(times), sizes.max())))  # to the cautious, and to the hopeful
     start = 0
     for row, size in enumerate(sizes):
         own = slice(start, start + size)
         kinds[own] = _estimate_kinds(parents[own], probability[own])
-        paths = _paths(parents[own], kinds[own], accepted, offered)
-        likeliest = np.argsort(-paths, kind="mergesort")
-        gained = np.float32(0)
-        for n in range(1, max(len(tokens), size)):
+        cautious = _paths(parents[own], kinds[own], accepted, offered)
+        hopeful = _paths(parents[own], kinds[own], hoped, hopes)
+        likeliest = np.argsort(-hopeful, kind="mergesort")
+        gained = np.zeros(2, np.float32)
+        for n in range(1, max(tokens.shape[1], size)):
             if n < size:
                 rank[start + likeliest[n]] = n
-                gained += paths[likeliest[n]]
-            if n < len(tokens):
-                tokens[n] += weights[row] * gained
+                gained[0] += cautious[likeliest[n]]
+                gained[1] += hopeful[likeliest[n]]
+            if n < tokens.shape[1]:
+                tokens[0, n] += weights[row] * gained[0]
+                tokens[1, n] += weights[row] * gained[1]
         rank[start] = 0
         start += size
-    best, speeds = 0, np.zeros(len(tokens))
-    for n in range(len(tokens)):
+    best, most, speeds = 0, 0.0, np.zeros(tokens.shape[1])
+    for n in range(len(speeds)):
         seconds = drafting + times[n]
         if seconds - plain <= left * plain:
-            speeds[n] = tokens[n] / seconds
-        if speeds[n] > speeds[best]:
-            best = n
+            speeds[n] = tokens[0, n] / seconds
+            if tokens[1, n] / seconds > most and (n == 0 or speeds[n] > margin * speeds[0]):
+                best, most = n, tokens[1, n] / seconds
     return kinds, rank, best, speeds[best], speeds[0]

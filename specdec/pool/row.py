@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.attach import Attachment
 from specdec.cache import Rows, SlotCache
 from specdec.core import Choice, Context, Drafter, DraftTree, Unsupported, Verdict
-from specdec.limits import room, rotary_change
+from specdec.limits import room, rotary_change, temperature_change
 from specdec.model import Model, Pass
 from specdec.pool.batch import Batch
 from specdec.pool.kept import fill
@@ -260,6 +260,8 @@ def _check(prepared: Prepared, target: Model, max_length: int | None) -> None:
         "it has no largest length": max_length is None,
         "it may pass the positions that the model knows": isinstance(positions, int) and (max_length or 0) > positions,
         "it may pass where the model's rotary embedding changes": rotary_change(config, ids.shape[1], max_length, 0)
+        is not None,
+        "it may come near where the model scales its queries anew": temperature_change(config, 0, max_length, 0)
         is not None,
     }
     for reason, applies in reasons.items():
