@@ -82,6 +82,9 @@ class ShortStack:
         heard = (self.model, self.owner, embed, rotary, norm)
         if any(each._forward_hooks or each._forward_pre_hooks for each in heard):
             return None
+        known = getattr(embed, "weight", None)
+        if known is None or known.dtype != torch.float32 or known.device.type != "cpu":  # as the layers are
+            return None
         return StraightPass(self, embed, rotary, norm, self.model.get_output_embeddings())
 
     def logits(

@@ -23,7 +23,7 @@ class StraightPass:
     """What a causal LM says of a pass: embedding, layers, norm and head, one after the other.
 
     In Python and in small tensors, a model spends a millisecond and a half of each pass around its layers; this, a
-    tenth of it. It takes the model to be as it was when this was made, for as long as a generation: who listens to one
+    fifth of it. It takes the model to be as it was when this was made, for as long as a generation: who listens to one
     of its parts, or changes it, is noticed by the next one. Weights stay alive as long as this does.
 
     Args:

@@ -111,6 +111,12 @@ def test_an_embedding_and_a_norm_of_other_kinds_are_called() -> None:
     alike(said(straight, read(model)), expected(model))
 
 
+def test_an_embedding_of_another_type_is_the_models_to_call() -> None:
+    model = build()
+    model.model.embed_tokens.bfloat16()
+    assert stack_of(model).straight() is None
+
+
 def test_weights_stay_those_it_was_made_with_and_the_next_one_has_the_new_ones() -> None:
     model = build()
     straight, cache = straight_of(model), read(model)
