@@ -240,9 +240,8 @@ def test_temperature_changes(tuned: bool, length: int, max_length: int | None, e
 @pytest.mark.parametrize("scale", [64, 8192])
 def test_where_queries_are_scaled_anew_nothing_is_drafted(scale: int) -> None:
     """A tree's nodes would be scaled by their places in the pass."""
-    experts = {"moe_layers": [], "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
-    tuned = {"attn_temperature_tuning": True, "floor_scale": scale, "no_rope_layers": [0, 1]}
-    model = tiny.build("Llama4Text", **experts, **tuned)
+    tuned = {"attn_temperature_tuning": True, "floor_scale": scale}
+    model = tiny.build("Llama4Text", **tiny.hybrids(96)["Llama4Text"], **tuned)
     expected = model.generate(prompt(50), max_new_tokens=30, do_sample=False, **FREE)
     with specdec.speculating(model, Deep(), FixedPolicy(8, 8, 2)), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

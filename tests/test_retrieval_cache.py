@@ -19,35 +19,7 @@ from tests.long_context import started
 from tests.tiny import padded, prompt
 
 HEADS = {"grouped": 2, "one to one": 4}
-HYBRID: dict[str, Any] = {
-    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
-    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
-    "Llama4Text": {
-        "attention_chunk_size": 16,
-        "layer_types": ["chunked_attention", "full_attention"],
-        "no_rope_layers": [1, 0],
-        "moe_layers": [],
-        "num_local_experts": 2,
-        "intermediate_size_mlp": 48,
-        "head_dim": 8,
-    },
-}
-
-RECURRENT: dict[str, Any] = {
-    "Qwen3Next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "head_dim": 8,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
-    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
-}
+HYBRID = tiny.hybrids(16)
 
 
 def of_means(*means: tuple[float, ...], chunk: int = 2) -> torch.Tensor:
@@ -145,10 +117,10 @@ def states(cache: Any) -> list[torch.Tensor]:
     return [each.clone() for each in flat if isinstance(each, torch.Tensor)]
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.parametrize("kind", tiny.RECURRENT)
 def test_layers_with_recurrent_states_go_on_from_copies_of_those(kind: str) -> None:
     """With room for all in the others it is the full cache, which stays as it is, whatever was guessed."""
-    model = tiny.build(kind, max_position_embeddings=2048, **RECURRENT[kind])
+    model = tiny.build(kind, max_position_embeddings=2048, **tiny.RECURRENT[kind])
     first, second = DraftTree.chain(7, [8, 9, 10], [1.0] * 3, ""), DraftTree.chain(9, [11, 12], [1.0] * 2, "")
     for target, row in ((started(model, prompt(200)), 0), (started(model, **padded(60, 33)), 1)):
         level, rows = Middle(target, row, 1600, 8), len(target.lengths)

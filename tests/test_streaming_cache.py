@@ -20,20 +20,7 @@ from tests.long_context import started
 from tests.tiny import prompt
 
 HEADS = {"grouped": 2, "one to one": 4}
-HYBRID: dict[str, Any] = {
-    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8},
-    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True},
-    "Llama4Text": {
-        "attention_chunk_size": 16,
-        "layer_types": ["chunked_attention", "full_attention"],
-        "no_rope_layers": [1, 0],
-        "moe_layers": [],
-        "num_local_experts": 2,
-        "intermediate_size_mlp": 48,
-        "head_dim": 8,
-    },
-    "Lfm2": {"layer_types": ["conv", "full_attention"]},
-}
+HYBRID = {**tiny.hybrids(16), "Lfm2": tiny.RECURRENT["Lfm2"]}
 TREES = [kind for kind in HYBRID if kind != "Lfm2"]
 
 

@@ -31,34 +31,7 @@ from tests import enumerated, sampling, tiny
 from tests.tiny import padded, prompt, same
 
 HEADS = {"grouped": 2, "one to one": 4}
-HYBRID: dict[str, Any] = {
-    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24, "head_dim": 8},
-    "Qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 24, "use_sliding_window": True},
-    "Llama4Text": {
-        "attention_chunk_size": 24,
-        "layer_types": ["chunked_attention", "full_attention"],
-        "no_rope_layers": [1, 0],
-        "moe_layers": [],
-        "num_local_experts": 2,
-        "intermediate_size_mlp": 48,
-        "head_dim": 8,
-    },
-}
-RECURRENT: dict[str, Any] = {
-    "Qwen3Next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "head_dim": 8,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
-    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
-}
+HYBRID = tiny.hybrids(24)
 POLICY = FixedPolicy(4, 4, 1)
 LONG = 1100
 
@@ -149,11 +122,11 @@ class TestOutput:
     @pytest.mark.filterwarnings("ignore:.*takes drafts as chains only")
     @pytest.mark.parametrize("inputs", [{"input_ids": prompt(200)}, padded(300, 280)], ids=["alone", "with padding"])
     @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
-    @pytest.mark.parametrize("kind", RECURRENT)
+    @pytest.mark.parametrize("kind", tiny.RECURRENT)
     def test_for_models_some_of_whose_layers_have_recurrent_states(
         self, kind: str, sample: bool, inputs: Any, levels: list[Middle]
     ) -> None:
-        target, drafter = tiny.build(kind, **RECURRENT[kind]), TriForceDrafter(NgramDrafter(), budget=96, chunk=4)
+        target, drafter = tiny.build(kind, **tiny.RECURRENT[kind]), TriForceDrafter(NgramDrafter(), budget=96, chunk=4)
         result = same(target, inputs, drafter=drafter, max_new_tokens=40, do_sample=sample)
         assert all(level.builds > 0 for level in levels)
         assert result.stats.by_drafter["triforce"]["accepted"] > 0

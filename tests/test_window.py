@@ -19,21 +19,7 @@ from tests import tiny
 WINDOW = 128
 BUDGET = Budget(12, 4, 3)
 LATER = 3  # tokens that come after the rest of a text has been read
-MIXED: dict[str, Any] = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
-HYBRID: dict[str, Any] = {
-    "Gemma3Text": {**MIXED, "head_dim": 8},
-    "Qwen2": {**MIXED, "use_sliding_window": True},
-    "Mistral": {"sliding_window": 300},  # of which less is held
-    "Llama4Text": {
-        "attention_chunk_size": 96,
-        "layer_types": ["chunked_attention", "full_attention"],
-        "no_rope_layers": [1, 0],
-        "moe_layers": [],
-        "num_local_experts": 2,
-        "intermediate_size_mlp": 48,
-        "head_dim": 8,
-    },
-}
+HYBRID = {**tiny.hybrids(96), "Mistral": {"sliding_window": 300}}  # of the last less is held
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,42 @@ def build(kind: str, **changes: Any) -> Any:
     return model
 
 
+def hybrids(reach: int) -> dict[str, dict[str, Any]]:
+    """Settings of kinds some of whose layers look back no further than so many tokens, or within chunks of so many."""
+    sliding, full = "sliding_attention", "full_attention"
+    return {
+        "Gemma3Text": {"layer_types": [sliding, full], "sliding_window": reach, "head_dim": 8},
+        "Qwen2": {"layer_types": [full, sliding], "sliding_window": reach, "use_sliding_window": True},
+        "Llama4Text": {
+            "attention_chunk_size": reach,
+            "layer_types": ["chunked_attention", full],
+            "no_rope_layers": [1, 0],
+            "moe_layers": [],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+        },
+    }
+
+
+# Settings of kinds with recurrent states beside full attention.
+RECURRENT: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+}
+
+
 def model(kind: str = "Llama", **changes: Any) -> Any:
     """A random causal LM of a kind named as in transformers, the same at every call, in evaluation mode."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
