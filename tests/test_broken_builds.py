@@ -29,7 +29,13 @@ from . import grid
 
 
 def every_node_sees_every_other(patch):
-    patch.setattr(trees, "ancestor_matrix", lambda parents: np.ones((len(parents), len(parents)), np.bool_))
+    right = trees.lay_out
+
+    def broken(parents, depth, ancestors):
+        right(parents, depth, ancestors)
+        ancestors[: len(parents), : len(parents)] = True
+
+    patch.setattr(trees, "lay_out", broken)
 
 
 def positions_by_index(patch):
