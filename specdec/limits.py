@@ -9,6 +9,7 @@ from specdec.core import Context
 
 UNLIMITED = 1 << 30
 NEAR = 1024  # nodes of a pass at most
+CHANGING = {"dynamic", "longrope"}  # rotary embeddings that hang on how long a text is
 
 
 def room(
@@ -46,7 +47,7 @@ def rotary_change(config: Any, length: int, max_length: int | None, earlier: int
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if not kinds & {"dynamic", "longrope"}:
+    if not kinds & CHANGING:
         return None
     known: int = getattr(config, "max_position_embeddings", UNLIMITED)
     trained = _original(config, rope) or known

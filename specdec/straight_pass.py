@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import nn
 
 from specdec.cache import SlotCache
+from specdec.limits import CHANGING
 from specdec.short_layer import plain
 
 if TYPE_CHECKING:
     from specdec.short_stack import ShortStack
 
-CHANGING = ("dynamic", "longrope")  # rotary embeddings that hang on how long a text is
 TRIED = (0, 1, 7, 100, 4095)  # positions at which ours is compared with the module's own
 
 

@@ -9,6 +9,8 @@ from specdec.calibration import _paths
 from specdec.trees.subtree_numba import prune, select
 
 Limits = tuple[int, int, int, float]  # nodes, depth, width and least, as of a budget
+Guess = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and kinds
+NO_GUESS: Guess = np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64)  # a root that is never counted
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -15,16 +15,13 @@ from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import lookahead_numba as kernels
 from specdec.drafters import votes
-from specdec.drafters.likeliest_numba import Limits
+from specdec.drafters.likeliest_numba import NO_GUESS, Guess, Limits
 from specdec.drafters.namespaces import Namespaces
 from specdec.drafters.trie import Trie
 
 KIND, VERSION = "lookahead", 1
 LARGEST_OWN, LARGEST_SHARED = 65536, 512  # nodes of one tree, as in the paper's code
 NOTHING: Limits = 0, 0, 0, 0.0
-
-Guess = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents and kinds
-NO_GUESS: Guess = np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64)
 
 
 class LookaheadDrafter:

@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from specdec.calibration import Acceptance
 from specdec.core import Budget, Context, DraftTree
 from specdec.drafters import ngram_numba as kernels
-
-NO_GUESS = np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64)  # tokens, parents and kinds
+from specdec.drafters.likeliest_numba import NO_GUESS
 
 
 class NgramDrafter:
