@@ -78,6 +78,7 @@ SMALL = {
     "mamba_num_heads": 4,
     "mamba_head_dim": 16,
     "mamba_d_state": 8,
+    "mamba_d_ssm": 64,
     "ssm_state_size": 8,
     "state_size": 8,
     "linear_num_key_heads": 2,
@@ -164,7 +165,7 @@ def shrunk(config: Any, sizes: dict[str, Any]) -> Any:
             if type(now) is type(value) or (type(now) is int and type(value) is float):
                 setattr(part, name, value)
     kinds = vars(text).get("layer_types")
-    if kinds:
+    if kinds and not isinstance(getattr(type(text), text.attribute_map.get("layer_types", ""), None), property):
         text.layer_types = (list(dict.fromkeys(kinds)) * sizes["num_hidden_layers"])[: sizes["num_hidden_layers"]]
     return config
 

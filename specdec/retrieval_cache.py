@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from specdec.attention import attention, switched
@@ -127,62 +126,6 @@ class RetrievalCache(SlotCache):
         for layer in self.layers:
             if isinstance(layer, RetrievalLayer | WindowLayer) and layer.is_initialized:
                 layer.follow()
-
-
-class ChainRetrievalCache(Cache):  # type: ignore[misc]
-    """As a ``RetrievalCache``, beside transformers' own cache of a model some of whose layers have recurrent states.
-
-    ``rebuild`` and ``follow`` copy those states; what is written afterwards changes the copies. So a ``Model`` writes
-    chains, and takes them back as it does on the full cache: it restores the states and reads anew what is kept.
-
-    Args:
-        full: the cache of all tokens, one that ``retrievable`` says yes to.
-        row, padding, budget, chunk: as ``RetrievalCache``'s.
-    """
-
-    def __init__(self, full: Cache, row: int = 0, padding: int = 0, budget: int = 4096, chunk: int = 8) -> None:
-        self.full, self.row = full, row
-        held = [SlotLayer() if type(layer) is DynamicLayer else layer for layer in full.layers]
-        self.retrieved = RetrievalCache(SlotCache(layers=held), row, padding, budget, chunk)
-        super().__init__(layers=list(self.retrieved.layers))
-
-    def rebuild(self, queries: dict[int, Float[Tensor, "1 heads nodes dim"]]) -> None:
-        """Choose anew what to hold, by the last node's ``queries`` in each layer, and copy the states."""
-        self._look()
-        self.retrieved.rebuild(queries)
-
-    def follow(self) -> None:
-        """Forget what was guessed, copy the rows of what has been committed since, and the states."""
-        self._look()
-        self.retrieved.follow()
-
-    def _look(self) -> None:
-        """See what the full cache holds by now: its rows where they are, its states as copies."""
-        for number, layer in enumerate(self.full.layers):
-            if not isinstance(ours := self.layers[number], RetrievalLayer):
-                self.layers[number] = layer_of(layer, self.row)
-            elif layer.is_initialized:
-                ours.full._keys, ours.full._values, ours.full.is_initialized = layer.keys, layer.values, True
-                ours.full.lengths = [layer.get_seq_length()] * len(layer.keys)
-
-
-def retrievable(cache: Cache) -> bool:
-    """Whether a cache of transformers' own is of recurrent states and of rows that go back without limit."""
-    kinds = {type(layer) for layer in cache.layers} - {DummyLayer}
-    return kinds == {DynamicLayer, LinearAttentionLayer} and not getattr(cache, "offloading", False)
-
-
-def layer_of(layer: Any, row: int) -> Any:
-    """One row of a layer of transformers' own: a pass over it leaves no trace in the layer."""
-    one, only = copy(layer), slice(row, row + 1)
-    if isinstance(layer, DynamicLayer) and layer.is_initialized:
-        one.keys, one.values = layer.keys[only], layer.values[only]  # which longer ones replace
-    if isinstance(layer, LinearAttentionLayer):  # which is written in place
-        one.conv_states, one.recurrent_states = (
-            {number: state if state is None else state[only].clone() for number, state in states.items()}
-            for states in (layer.conv_states, layer.recurrent_states)
-        )
-    return one
 
 
 def _beside(layer: CacheLayerMixin, row: int, padding: int) -> CacheLayerMixin:

@@ -7,7 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from specdec.cache import GROWTH, SlotCache, SlotLayer
 
@@ -72,6 +78,28 @@ class StreamingLayer(SlotLayer):
         return slots
 
 
+class StatesAndStreamingRows(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """Recurrent states, and ``rows`` that do not grow with the text, for models whose layers have both."""
+
+    def __init__(self, states: LinearAttentionAndFullAttentionLayer, rows: StreamingLayer) -> None:
+        self.__dict__.update(vars(states))
+        self.rows = rows
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a pass's keys and values; return all that are held."""
+        return self.rows.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens of the text."""
+        return self.rows.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As its rows'."""
+        return self.rows.get_mask_sizes(query_length)
+
+
 class StreamingCache(SlotCache):
     """Attention sinks and a recent window: a cache for texts without left padding.
 
@@ -111,4 +139,6 @@ def _instead(layer: CacheLayerMixin, full: Callable[[], StreamingLayer], slack: 
     """What takes the place of a layer of transformers' own cache."""
     if type(layer) is DynamicSlidingWindowLayer:
         return StreamingLayer(0, layer.sliding_window, slack, layer.sliding_window)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return StatesAndStreamingRows(layer, full())
     return full() if type(layer) is DynamicLayer else layer

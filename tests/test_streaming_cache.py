@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from specdec import trees
 from specdec.cache import GROWTH
 from specdec.core import DraftTree
 from specdec.model import Model
-from specdec.streaming_cache import StreamingCache, StreamingLayer
+from specdec.streaming_cache import StatesAndStreamingRows, StreamingCache, StreamingLayer
 from tests import tiny
 from tests.long_context import started
 from tests.tiny import prompt
 
 HEADS = {"grouped": 2, "one to one": 4}
-HYBRID = {**tiny.hybrids(16), "Lfm2": tiny.RECURRENT["Lfm2"]}
-TREES = [kind for kind in HYBRID if kind != "Lfm2"]
+WINDOWS, STATES = tiny.hybrids(16), {kind: tiny.RECURRENT[kind] for kind in ("Lfm2", "FalconH1", "Zaya")}
 
 
 def rows(first: int, count: int, batch: int = 1) -> torch.Tensor:
@@ -130,13 +130,13 @@ def test_is_full_attention_with_the_dropped_tokens_masked(heads: int, attention:
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("kind", WINDOWS)
 def test_layers_with_windows_or_chunks_of_their_own_hold_those(kind: str) -> None:
     """Beside them, a layer without a window holds sinks and the newest."""
-    model, text = tiny.build(kind, **HYBRID[kind]), prompt(60)
+    model, text = tiny.build(kind, **WINDOWS[kind]), prompt(60)
     cache = StreamingCache(sinks=2, recent=10, slack=5, config=model.config)
-    full, logits = cache.slots[HYBRID[kind]["layer_types"].index("full_attention")], list[torch.Tensor]()
-    masks = {name: torch.zeros(1, 1, 60, 60, dtype=torch.bool) for name in HYBRID[kind]["layer_types"]}
+    full, logits = cache.slots[WINDOWS[kind]["layer_types"].index("full_attention")], list[torch.Tensor]()
+    masks = {name: torch.zeros(1, 1, 60, 60, dtype=torch.bool) for name in WINDOWS[kind]["layer_types"]}
     for token in range(60):
         with torch.no_grad():
             logits.append(model(text[:, token : token + 1], past_key_values=cache).logits[0, 0])
@@ -152,14 +152,36 @@ def test_layers_with_windows_or_chunks_of_their_own_hold_those(kind: str) -> Non
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", HYBRID)
+@pytest.mark.parametrize("kind", WINDOWS | STATES)
 def test_plain_generate_of_a_hybrid_model_is_exact_within_the_window(kind: str) -> None:
-    model, arguments = tiny.build(kind, **HYBRID[kind]), {"max_new_tokens": 60, "eos_token_id": None}
+    model = tiny.build(kind, **(WINDOWS | STATES)[kind])
+    arguments = {"max_new_tokens": 60, "eos_token_id": None}
     plain, cache = model.generate(prompt(), **arguments), StreamingCache(config=model.config)
     assert model.generate(prompt(), **arguments, past_key_values=cache).tolist() == plain.tolist()
     cache = StreamingCache(sinks=2, recent=8, slack=0, config=model.config)
     model.generate(prompt(), **arguments, past_key_values=cache)
-    assert max(layer.keys.shape[2] for layer in cache.slots) <= 17
+    held = cache.slots or [layer.rows for layer in cache.layers if isinstance(layer, StatesAndStreamingRows)]
+    assert max(layer.keys.shape[2] for layer in held) <= 17
+
+
+@pytest.mark.parametrize("kind", ["FalconH1", "Zaya"])
+def test_rows_beside_states_in_one_layer_are_hidden_alone(kind: str) -> None:
+    """The newest token sees the sinks, those in the window, and the states of all: as if others were masked."""
+    model, text = tiny.build(kind, **STATES[kind]), prompt(40)
+    cache = StreamingCache(sinks=2, recent=8, slack=0, config=model.config)
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(text[:, :39], past_key_values=full)
+        model(text[:, :39], past_key_values=cache)
+        for layer, held in zip(full.layers, cache.layers, strict=True):
+            held.rows._slide()
+            layer.keys, layer.values = (
+                torch.cat([rows[:, :, :2], rows[:, :, 31:39]], 2) for rows in (layer.keys, layer.values)
+            )
+        ours = model(text[:, 39:], past_key_values=cache, position_ids=torch.tensor([[39]])).logits
+        theirs = model(text[:, 39:], past_key_values=full, position_ids=torch.tensor([[39]])).logits
+    assert cache.get_seq_length() == 40
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_plain_generate_runs_on_it_and_is_exact_within_the_window() -> None:
@@ -172,7 +194,7 @@ def test_plain_generate_runs_on_it_and_is_exact_within_the_window() -> None:
 
 
 TAKE_TREES = {name: partial(tiny.model, num_key_value_heads=heads) for name, heads in HEADS.items()} | {
-    kind: partial(tiny.build, kind, **HYBRID[kind]) for kind in TREES
+    kind: partial(tiny.build, kind, **WINDOWS[kind]) for kind in WINDOWS
 }
 
 

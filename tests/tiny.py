@@ -84,6 +84,9 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
     "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    # Whose layers have both.
+    "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16},
+    "Zaya": {"moe_intermediate_size": 16, "num_experts": 2, "head_dim": 8, "router_hidden_size": 16},
 }
 
 

@@ -14,10 +14,11 @@ from transformers.cache_utils import Cache
 
 from specdec import trees
 from specdec.cache import SlotCache
+from specdec.chain_retrieval_cache import ChainRetrievalCache, layer_of
 from specdec.core import Choice, Context, DraftTree, Verdict
 from specdec.kernels.topk import topk
 from specdec.model import Model, reaches
-from specdec.retrieval_cache import ChainRetrievalCache, RetrievalCache, layer_of, queries
+from specdec.retrieval_cache import RetrievalCache, queries
 
 SURE = 0.9  # how often the target is taken to agree before anything has been seen
 WEIGHT = 0.08  # of the newest agreement or disagreement

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdec.cache import SlotCache, SlotLayer
+from specdec.chain_retrieval_cache import retrievable
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.drafters.middle import SURE, Middle, chosen
 from specdec.drafters.small_model import SmallModelDrafter
 from specdec.drafters.triforce_worth import Worth
 from specdec.masks import Reach
 from specdec.model import Model, reaches
-from specdec.retrieval_cache import retrievable
 
 LONGER = 256  # tokens beyond its budget after which a cache is built anew
 OWN = 0x7219F0  # sets this drafter's random numbers apart from others' of the same seed
