@@ -20,10 +20,10 @@ def _section(report: Report) -> str:
     rows = [r for r in report["hindsight"] if r["equal"]]
     head = (
         f"{machine(report['machine'])}; greedy, {report['max_new_tokens']} tokens, those after the first timed. "
-        f"Each kind's best choice is that of a first run of each prompt; speeds are of {report['repeats']} more, over "
-        "plain decoding with our kernels:"
+        "Each kind's best choice is that of a first run of each prompt. Speeds are of "
+        f"{report['repeats']} more, tokens per second of all prompts of a kind, over plain decoding with our kernels:"
     )
-    names = ["workload", "auto", "best fixed choice", "its speed", "auto / best"]
+    names = ["workload", "prompts", "auto", "best fixed choice", "its speed", "auto / best"]
     differ = [f"Tokens differed on {r['workload']}, hence no speed." for r in report["hindsight"] if not r["equal"]]
     return "\n\n".join([head, table(names, list(map(_cells, rows))), *_told(rows), *differ])
 
@@ -37,5 +37,13 @@ def _told(rows: list[Report]) -> list[str]:
 
 
 def _cells(r: Report) -> list[str]:
-    auto, best = r["again"]["auto+kernels"], r["best"].removesuffix("+kernels")
-    return [r["workload"], f"{auto:.2f}x", f"`{best}`", f"{r['again'][r['best']]:.2f}x", f"{r['share']:.2f}"]
+    plain, auto, best = (r["again"][name] for name in ("plain+kernels", "auto+kernels", r["best"]))
+    named = f"`{r['best'].removesuffix('+kernels')}`"
+    return [
+        r["workload"],
+        str(r["prompts"]),
+        f"{auto / plain:.2f}x",
+        named,
+        f"{best / plain:.2f}x",
+        f"{r['share']:.2f}",
+    ]

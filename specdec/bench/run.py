@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,12 @@ class Comparison:
             self.disturbance.probes += [Probe(**r) for r in self.file.of("probe")]
 
     def run(
-        self, repeats: int = 1, width: float = 0.0, seconds: float = math.inf, tell: Tell = lambda *_: None
+        self,
+        repeats: int = 1,
+        width: float = 0.0,
+        seconds: float = math.inf,
+        tell: Tell = lambda *_: None,
+        names: Collection[str] | None = None,
     ) -> None:
         """Measure until intervals are narrow, or the time or the number of repeats is used up.
 
@@ -100,16 +105,18 @@ class Comparison:
             width: as a share of each speedup, by workload and over all, how wide what measuring alone adds may be.
             seconds: of measuring, after which no prompt is begun again.
             tell: hears of each run before and after it.
+            names: the methods to run; None for all.
         """
+        asked = [name for name in self.names if names is None or name in names]
         for repeat in range(repeats):
             if repeat and self.widest() <= width:
                 break
             methods: list[Method] = []
             for prompt in range(len(self.asks)):
-                if any(self._due(name, prompt, repeat) for name in self.names):
+                if any(self._due(name, prompt, repeat) for name in asked):
                     if repeat and self.spent >= seconds:
                         return
-                    methods = methods or self._methods()
+                    methods = methods or self._methods(asked)
                     self._turn(methods, prompt, repeat, tell)
                 self._compare(prompt, repeat)
 
@@ -167,9 +174,9 @@ class Comparison:
             return False
         return repeat == 0 or self.equal(name, self.asks[prompt].workload)
 
-    def _methods(self) -> list[Method]:
-        """Every method, warm, its memory empty but for a few tokens."""
-        methods = [method for name in self.names if (method := self._method(name))]
+    def _methods(self, names: Sequence[str]) -> list[Method]:
+        """Methods, warm, their memory empty but for a few tokens."""
+        methods = [method for name in names if (method := self._method(name))]
         self._warm = True
         return methods
 
@@ -229,4 +236,6 @@ class Comparison:
             if (at := first_difference(expected, tokens)) is not None:
                 a, b = (each[at] if at < len(each) else None for each in (expected, tokens))
                 margin, tie = logit_margin(self.model, ask.ids + expected[:at], a, b)
-                self.differences.append(Difference(name, ask.workload, prompt, at, a, b, margin, tie))
+                difference = Difference(name, ask.workload, prompt, at, a, b, margin, tie)
+                if difference not in self.differences:
+                    self.differences.append(difference)
