@@ -32,7 +32,7 @@ def seen(
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("slots", [1, 70, 300])
+@pytest.mark.parametrize("slots", [1, 70, 300, 2500])
 def test_is_softmax_attention(slots: int, groups: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(slots)
     q = torch.randn(2, 2 * groups, 4, DIM, generator=generator) * 3

@@ -16,6 +16,7 @@ from specdec.kernels.linear_numba import outputs_of, product
 from specdec.kernels.tile_numba import LANES, ROWS, mix, turn
 
 FEWEST = 64  # slots of a part
+BLOCK = 1024  # slots whose keys and values stay in the second cache
 TURNED = 6  # queries for which it pays to turn keys on their side
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; but NaN and infinity keep their meaning
 
@@ -93,22 +94,39 @@ def _attend(
 ) -> None:  # fmt: skip
     """What batch row b's nodes read with ``heads`` heads, from ``head`` on, of slots ``first`` to ``last``.
 
-    Heads that share keys go over them together, so that these are read once. Logs of their sums of weights go to
-    ``logs`` [rows, heads].
+    Heads that share keys go over them together, so that these are read once: in blocks that stay in the cache while all
+    queries pass by, as FlashAttention does (arXiv 2205.14135). Logs of sums of weights go to ``logs`` [rows, heads].
     """
-    queries, slots = np.empty((nodes * heads, dim), np.float32), last - first
+    rows = nodes * heads
+    queries, read = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
     for n in range(nodes):
         for h in range(heads):
             queries[n * heads + h] = q[b * nodes + n, (head + h) * dim : (head + h + 1) * dim]
-    scores, read = np.empty((nodes * heads, slots), np.float32), np.empty((nodes * heads, dim), np.float32)
-    _scored(queries, keys, key_stride, scores)
-    for n in range(nodes):
-        for h in range(heads):
-            logs[b * nodes + n, head + h] = _softmax(scores[n * heads + h], mask, b, n, first, plain, scale)
-    _weighted(scores, values, value_stride, read.ctypes.data, dim, dim)
-    for n in range(nodes):
-        for h in range(heads):
-            seen[b * nodes + n, (head + h) * dim : (head + h + 1) * dim] = read[n * heads + h]
+    block = min(BLOCK, last - first) if rows > ROWS else last - first
+    room = np.empty(rows * block, np.float32)
+    for start in range(first, last, block):
+        past, slots = 4 * (start - first), min(block, last - start)
+        scores = room[: rows * slots].reshape(rows, slots)
+        _scored(queries, keys + past * key_stride, key_stride, scores)
+        sums = np.empty(rows, np.float32)
+        for row in range(rows):
+            sums[row] = _softmax(scores[row], mask, b, row // heads, start, plain, scale)
+        _weighted(scores, values + past * value_stride, value_stride, read.ctypes.data, dim, dim)
+        for row in range(rows):
+            n, h = b * nodes + row // heads, head + row % heads
+            _add_read(seen[n], logs[n], h, read[row], sums[row], start == first)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add_read(seen: Any, logs: Any, head: int, read: Any, log: Any, alone: bool) -> None:
+    """Merge what a ``head`` of one node has ``read`` of other slots into what it has ``seen``, or, ``alone``, be it."""
+    own = seen[head * len(read) : (head + 1) * len(read)]
+    if alone:
+        own[:], logs[head] = read, log
+    elif log > -np.inf:
+        _merge(own, read, logs[head] - log)
+        top = max(logs[head], log)
+        logs[head] = top + np.log(np.exp(logs[head] - top) + np.exp(log - top))
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -125,8 +143,8 @@ def _scored(queries: Any, keys: int, stride: int, scores: Any) -> None:
         while done + 4 * LANES <= slots:
             for slot in range(0, 4 * LANES, LANES):
                 for d in range(0, dim, LANES):
-                    to = turned.ctypes.data + 4 * (4 * LANES * d + slot)
-                    turn(keys + 4 * ((done + slot) * stride + d), stride, to, 4 * LANES)
+                    key, to = keys + 4 * ((done + slot) * stride + d), turned.ctypes.data + 4 * (4 * LANES * d + slot)
+                    turn(key, stride, to, 4 * LANES, key + 4 * 4 * LANES * stride)
             for n in range(0, rows, ROWS):
                 at = q + 4 * n * dim, s + 4 * (n * slots + done)
                 mix(4, min(ROWS, rows - n), at[0], dim, turned.ctypes.data, 4 * LANES, at[1], slots, dim)
@@ -140,11 +158,7 @@ def _add_part(seen: Any, logs: Any, part: Any, part_logs: Any, dim: int) -> None
     """Merge what was read of other slots into ``seen`` and ``logs``."""
     for n in range(len(seen)):
         for head in range(logs.shape[1]):
-            ours, theirs = logs[n, head], part_logs[n, head]
-            if theirs > -np.inf:
-                _merge(seen[n, head * dim : (head + 1) * dim], part[n, head * dim : (head + 1) * dim], ours - theirs)
-                top = max(ours, theirs)
-                logs[n, head] = top + np.log(np.exp(ours - top) + np.exp(theirs - top))
+            _add_read(seen[n], logs[n], head, part[n, head * dim : (head + 1) * dim], part_logs[n, head], False)
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]

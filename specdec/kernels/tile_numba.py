@@ -90,9 +90,12 @@ def mix(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def turn(typing: Any, w: Any, w_stride: Any, y: Any, y_stride: Any) -> Any:
-    """``y[i, o] = w[o, i]`` for ``LANES`` rows and columns: addresses of float32, strides counted in numbers."""
-    signature = types.void(*[types.int64] * 4)
+def turn(typing: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, ahead: Any) -> Any:
+    """``y[i, o] = w[o, i]`` for ``LANES`` rows and columns: addresses of float32, strides counted in numbers.
+
+    As many rows, a line of memory of each, are fetched from the address ``ahead`` on.
+    """
+    signature = types.void(*[types.int64] * 5)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Sequence[Any]) -> Any:
         builder.call(_turn(builder.module), arguments)
@@ -150,7 +153,9 @@ def _mix(module: ir.Module, vectors: int, rows: int) -> ir.Function:
 
 def _turn(module: ir.Module) -> ir.Function:
     """A square on its side: rows that are half of them apart are interleaved, as often as it takes."""
-    b, (w, w_stride, y, y_stride) = _begun(module, "specdec_turn", 4)
+    b, (w, w_stride, y, y_stride, ahead) = _begun(module, "specdec_turn", 5)
+    for o in range(LANES):
+        _fetch(b, b.add(ahead, b.mul(w_stride, _INT(4 * o))), LINE)
     rows = [_load(b, _at(b, w, b.mul(w_stride, _INT(o))), _INT(0), _VECTOR) for o in range(LANES)]
     kind, half = ir.VectorType(ir.IntType(32), LANES), LANES // 2
     lanes = [[start + i // 2 + i % 2 * LANES for i in range(LANES)] for start in (0, half)]
