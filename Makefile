@@ -55,7 +55,7 @@ bench-cost: $(READY)
 	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
 	$(BIN)/python benchmarks/figures.py
 
-# The default against the best fixed drafter and size for each kind of work; about ten minutes.
+# The default against the best fixed drafter and size for each kind of work; about half an hour.
 bench-hindsight: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/hindsight.py --json benchmarks/results/hindsight.json

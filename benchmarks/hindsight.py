@@ -37,8 +37,8 @@ LONG, FEWER = "long_document", 2  # of these, as each takes seconds to be read
 
 def main(
     model: str = "demo",
-    prompts: int = 6,
-    repeats: int = 2,
+    prompts: int = 4,
+    repeats: int = 3,
     max_new_tokens: int = 64,
     fresh: bool = False,
     json_path: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/hindsight.json"),
