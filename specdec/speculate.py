@@ -36,16 +36,16 @@ from specdec.verifiers.traced import TracedVerifier
 PROMPT_LOGITS_BYTES = 64 << 20  # at most this much is spent on logits of prompt positions, for drafters that learn
 PROMPT_LOGITS_ROWS = 32
 CORPUS, SMALL, EXIT, DRAFT = "retrieval:", "small:", "early-exit:", "draft:"
-LONGSPEC = "longspec:"
+LONGSPEC, RAPID = "longspec:", "rapid:"
 
 
 class Speculate:
     """A decoding loop for ``model.generate(..., custom_generate=Speculate())``.
 
     Args:
-        drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", or "retrieval:" and an index,
-            or "small:" and a smaller model, or "early-exit:" and how many of the model's own layers (for ``wrap``),
-            or "draft:" or "longspec:" and the file of a draft or a layer trained for the model.
+        drafter: a Drafter, or "auto", "ngram", "suffix", "lookahead", "recycling", "triforce", or "retrieval:" and an
+            index, or "small:" or "rapid:" and another model, or "early-exit:" and how many of the model's own layers
+            (for ``wrap``), or "draft:" or "longspec:" and the file of a draft or a layer trained for the model.
         policy: a Policy, or "auto": the tree size that measured passes say gives most tokens per second.
         verifier: "pathwise", "rejection" for trees that a drafter sampled, or an object with their ``begin``.
         on_unsupported: what to do where speculation cannot give plain ``generate``'s result: "fallback" runs the
@@ -316,15 +316,21 @@ def make_drafter(drafter: Drafter | str, model: Any = None, measured: bool = Fal
         return draft
     if drafter.startswith(LONGSPEC):
         return drafters.LongSpecDrafter.load(drafter.removeprefix(LONGSPEC), model)
+    if drafter.startswith(RAPID):
+        rapid = drafters.RapidDrafter.load(drafter.removeprefix(RAPID))
+        rapid.thrifty = measured
+        return rapid
     names: dict[str, Any] = {
         "auto": auto_drafter,
         "ngram": drafters.NgramDrafter,
         "suffix": drafters.SuffixDrafter,
         "lookahead": drafters.LookaheadDrafter,
         "recycling": drafters.RecyclingDrafter,
+        "triforce": lambda: drafters.TriForceDrafter(drafters.NgramDrafter()),
     }
     if drafter not in names:
-        known = ", ".join([*names, f"{CORPUS}PATH", f"{SMALL}PATH", f"{EXIT}LAYERS", f"{DRAFT}PATH", f"{LONGSPEC}PATH"])
+        files = [f"{prefix}PATH" for prefix in (CORPUS, SMALL, RAPID, DRAFT, LONGSPEC)]
+        known = ", ".join([*names, f"{EXIT}LAYERS", *files])
         raise ValueError(f"drafter={drafter!r}: known names are {known}; or give a Drafter")
     made: Drafter = names[drafter]()
     return made

@@ -127,4 +127,4 @@ def test_on_a_model_it_runs_every_choice_and_goes_on_where_it_was_stopped(
     assert row["equal"]
     assert set(row["speeds"]) == {PLAIN, AUTO, *grid}
     assert row["share"] > 0
-    assert len(turns) == 2  # the best one's; what was measured before is kept
+    assert len(turns) == 3  # the best one's; what was measured before is kept

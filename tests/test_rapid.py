@@ -6,6 +6,7 @@ import math
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,17 @@ class TestRankers:
 
 
 class TestDrafter:
+    def test_by_name(self, target: Any, tmp_path: Path) -> None:
+        target.save_pretrained(tmp_path)
+        TOKENIZER.save_pretrained(tmp_path)
+        made = specdec.Speculate(f"rapid:{tmp_path}").drafter
+        assert isinstance(made, RapidDrafter)
+        assert made.thrifty  # beside the policy that measures
+        made.shorten, made.thrifty = shortener(), False
+        text = torch.from_numpy(spelt(document({4: "The key is here."})))[None]
+        result = same(target, {"input_ids": text}, drafter=made, max_new_tokens=16, min_new_tokens=16)
+        assert result.stats.accepted > 5
+
     def drafter(self, model: Any, **changes: Any) -> RapidDrafter:
         made = RapidDrafter(model, TOKENIZER, cpu_kernels=False, **changes)
         made.shorten = shortener()

@@ -91,6 +91,12 @@ class Nothing:
         return [DraftTree.root(int(context.tokens[-1])) for context in contexts]
 
 
+def test_by_name() -> None:
+    made = specdec.Speculate("triforce").drafter
+    assert isinstance(made, TriForceDrafter)
+    assert isinstance(made.first, NgramDrafter)
+
+
 class TestOutput:
     @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
     @pytest.mark.parametrize("first", FIRSTS)

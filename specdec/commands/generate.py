@@ -17,7 +17,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer.")],
     model: ModelOption = "demo",
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default where there is one.")] = None,
-    drafter: Annotated[str, typer.Option(help="auto, ngram, recycling, or none for plain generate.")] = "auto",
+    drafter: Annotated[str, typer.Option(help="Any name that wrap knows, or none for plain generate.")] = "auto",
     max_new_tokens: TokensOption = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
 
+from specdec import demo
 from specdec.core import Context
 from specdec.drafters.shorten import Ranker, Shortener
 from specdec.drafters.small_model import SmallModelDrafter, Tree
@@ -55,6 +56,14 @@ class RapidDrafter(SmallModelDrafter):
         super().__init__(
             model, tree, temperature, branching=branching, width=width, name=name, seed=seed, cpu_kernels=cpu_kernels
         )
+
+    @classmethod
+    def load(cls, path: str, **arguments: Any) -> RapidDrafter:
+        """The drafter of a model and its tokenizer in a directory or on the hub; ``arguments`` as above."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(demo.resolve(path))
+        return cast(RapidDrafter, super().load(path, tokenizer=tokenizer, **arguments))
 
     def _text(self, context: Context) -> Int[np.ndarray, " length"]:
         """The shortened prompt, then all tokens that have been generated."""
