@@ -169,7 +169,7 @@ class TestDrafter:
         made.shorten, made.thrifty = shortener(), False
         text = torch.from_numpy(spelt(document({4: "The key is here."})))[None]
         result = same(target, {"input_ids": text}, drafter=made, max_new_tokens=16, min_new_tokens=16)
-        assert result.stats.accepted > 5
+        assert result.stats.by_drafter["rapid"]["drafted"] > 5
 
     def drafter(self, model: Any, **changes: Any) -> RapidDrafter:
         made = RapidDrafter(model, TOKENIZER, cpu_kernels=False, **changes)
