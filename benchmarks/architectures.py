@@ -164,10 +164,8 @@ def shrunk(config: Any, sizes: dict[str, Any]) -> Any:
             now = getattr(part, name, None)
             if type(now) is type(value) or (type(now) is int and type(value) is float):
                 setattr(part, name, value)
-    kinds = vars(text).get("layer_types")
-    if kinds and not isinstance(
-        getattr(type(text), text.attribute_map.get("layer_types", "layer_types"), None), property
-    ):
+    kinds, name = vars(text).get("layer_types"), text.attribute_map.get("layer_types", "layer_types")
+    if kinds and not isinstance(getattr(type(text), name, None), property):
         text.layer_types = (list(dict.fromkeys(kinds)) * sizes["num_hidden_layers"])[: sizes["num_hidden_layers"]]
     return config
 

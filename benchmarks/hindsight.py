@@ -94,7 +94,8 @@ def compared(comparison: Comparison, workload: str, best: str) -> dict[str, Any]
     once, again = speeds(comparison, workload, FIRST), speeds(comparison, workload, OTHERS)
     if not {AUTO, best} <= set(again):
         return row | {"equal": False}
-    told = {name: again[name] for name in (PLAIN, AUTO, best)}
+    told = {name: round(again[name], 4) for name in (PLAIN, AUTO, best)}
+    once = {name: round(speed, 4) for name, speed in once.items()}
     return row | {"equal": True, "share": round(again[AUTO] / again[best], 4), "again": told, "speeds": once}
 
 
@@ -112,7 +113,7 @@ def _speed(comparison: Comparison, name: str, workload: str, part: slice) -> flo
     """0 where it was not run."""
     runs = [comparison.runs.get((name, prompt), [])[part] for prompt in comparison.prompts(workload)]
     seconds = sum(statistics.median(run.decode for run in each) for each in runs if each)
-    return round(sum(each[0].decoded for each in runs if each) / seconds, 4) if seconds else 0.0
+    return sum(each[0].decoded for each in runs if each) / seconds if seconds else 0.0
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class StreamingCache(SlotCache):
         slack: how many more may be held before the oldest are dropped, all at once; as many as a draft has nodes, at
             least, if levels of a tree are fed one by one.
         config: of a model some of whose layers do not look back without limit: those with windows hold their windows,
-            and those with recurrent states are as in any cache, so that only plain ``generate`` can use it then. None
+            and recurrent states are as in any cache, so that only plain ``generate`` can use it then. None
             for a model of full-attention layers.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import specdec
 from specdec.policies import FixedPolicy
 
-DRAFTERS = ("auto", "ngram", "suffix", "lookahead", "recycling", "retrieval:PATH", "MODULE:OBJECT")
+DRAFTERS = ("auto", "ngram", "suffix", "lookahead", "recycling", "triforce", "retrieval:PATH", "MODULE:OBJECT")
 POLICIES = ("auto", "fixed:NODES[:DEPTH[:WIDTH]]", "MODULE:OBJECT")
 VERIFIERS = ("pathwise", "rejection", "MODULE:OBJECT")
 AT = "@"

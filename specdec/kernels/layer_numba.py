@@ -16,7 +16,7 @@ from specdec.kernels.linear_numba import outputs_of, product
 from specdec.kernels.tile_numba import LANES, ROWS, mix, turn
 
 FEWEST = 64  # slots of a part
-BLOCK = 1024  # slots whose keys and values stay in the second cache
+BLOCK = 1024  # slots whose keys and values stay in the second cache, for more queries than one tile of ``mix`` takes
 TURNED = 6  # queries for which it pays to turn keys on their side
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; but NaN and infinity keep their meaning
 
@@ -103,12 +103,11 @@ def _attend(
         for h in range(heads):
             queries[n * heads + h] = q[b * nodes + n, (head + h) * dim : (head + h + 1) * dim]
     block = min(BLOCK, last - first) if rows > ROWS else last - first
-    room = np.empty(rows * block, np.float32)
+    room, sums = np.empty(rows * block, np.float32), np.empty(rows, np.float32)
     for start in range(first, last, block):
         past, slots = 4 * (start - first), min(block, last - start)
         scores = room[: rows * slots].reshape(rows, slots)
         _scored(queries, keys + past * key_stride, key_stride, scores)
-        sums = np.empty(rows, np.float32)
         for row in range(rows):
             sums[row] = _softmax(scores[row], mask, b, row // heads, start, plain, scale)
         _weighted(scores, values + past * value_stride, value_stride, read.ctypes.data, dim, dim)
