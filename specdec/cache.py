@@ -232,9 +232,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         )
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Start from another cache's rows, the last of ``length`` tokens; they are copied."""
+        """Start from another cache's rows, the last of ``length`` tokens; they are copied, to where others were."""
         self.lengths, self.offset = [length] * keys.shape[0], length - keys.shape[2]
-        self.lazy_initialization(keys, values)
+        if not self.is_initialized or not (_holds(self._keys, keys) and _holds(self._values, values)):
+            self.lazy_initialization(keys, values)
         self._keys[:, :, : keys.shape[2]] = keys
         self._values[:, :, : keys.shape[2]] = values
         self._show()
@@ -382,6 +383,12 @@ class SlotCache(Cache):  # type: ignore[misc]
             if isinstance(slots, SlotLayer) and slots.is_initialized:
                 slots._show()  # after a prompt alone, a window still shows all of it
                 _fill(layer, slots)
+
+
+def _holds(slots: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether a buffer has room for some rows, and is of their kind."""
+    alike = slots.dtype == rows.dtype and slots.device == rows.device and slots.shape[:2] == rows.shape[:2]
+    return alike and slots.shape[3] == rows.shape[3] and slots.shape[2] >= rows.shape[2]
 
 
 def _displaced(path: Sequence[int]) -> bool:

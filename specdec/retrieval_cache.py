@@ -140,20 +140,22 @@ def select(
 ) -> Int[Tensor, "kv_heads kept"]:
     """The chunks that each head of keys is to hold: the first one, then the ``room - 1`` best, best first.
 
-    A chunk's score is the query times the mean of its keys. Query heads that share keys have an equal say: the share of
-    its attention that each would pay to the means alone is added up. Only whole chunks count.
+    A chunk's score is the query times the mean of its keys, which is the mean of the query times each. Query heads that
+    share keys have an equal say: the share of its attention that each would pay to the means alone is added up. Only
+    whole chunks count.
     """
     whole = keys.shape[1] // chunk
-    means = keys[:, : whole * chunk].reshape(len(keys), whole, chunk, keys.shape[2]).mean(2, dtype=torch.float32)
     grouped = query.float().view(len(keys), -1, query.shape[-1])
-    scores = grouped @ means.mT * keys.shape[-1] ** -0.5
+    each = grouped @ keys[:, : whole * chunk].float().mT
+    scores = each.unflatten(-1, (whole, chunk)).mean(-1) * keys.shape[-1] ** -0.5
     shares = scores.log_softmax(-1).logsumexp(1)
     best = shares[:, 1:].topk(max(0, min(room, whole) - 1), dim=-1).indices + 1
     return torch.cat([best.new_zeros(len(keys), min(1, whole)), best], 1)
 
 
 def _gathered(rows: Float[Tensor, "1 h n d"], tokens: Int[Tensor, "h kept"]) -> Float[Tensor, "1 h kept d"]:
-    return rows.gather(2, tokens[None, :, :, None].expand(-1, -1, -1, rows.shape[-1]))
+    heads = torch.arange(len(tokens), device=rows.device)[:, None]
+    return rows[:, heads, tokens]
 
 
 @contextmanager

@@ -165,8 +165,14 @@ def test_holds_copies_of_the_chosen_rows_and_of_all_since(heads: int) -> None:
     assert torch.equal(own.keys[0, :, n:], full.keys[0, :, 203:205])
     assert torch.equal(own.values[0, :, n:], full.values[0, :, 203:205])
     assert own.keys.shape[2] == n + 2
+    buffer, before = own.buffers[0].data_ptr(), full.keys.clone()
     level.refresh(12, anew=True)
     assert own.keys.shape[2] == 32 + 5
+    assert torch.equal(own.keys[0, :, :8], full.keys[0, :, :8])
+    assert torch.equal(own.keys[0, :, -5:], full.keys[0, :, 200:205])
+    assert torch.equal(own.values[0, :, -5:], full.values[0, :, 200:205])
+    assert torch.equal(full.keys, before)
+    assert own.buffers[0].data_ptr() == buffer  # where the rows before were
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from specdec.drafters import (
     TriForceDrafter,
     middle,
     triforce,
+    triforce_worth,
 )
 from specdec.drafters.middle import Middle
 from specdec.drafters.triforce_worth import Worth
@@ -262,7 +264,7 @@ class TestLevels:
         assert sum(fed) < 600 + 8 * stats.drafted
 
     def test_a_tree_where_there_is_room(self) -> None:
-        sizes = {"budget": 560}, {"max_new_tokens": 120, "min_new_tokens": 120}
+        sizes = {"budget": 560, "agreed": 0.0}, {"max_new_tokens": 120, "min_new_tokens": 120}
         chain = run(TriForceDrafter(Nothing(), **sizes[0]), prompt(600), **sizes[1])
         tree = run(TriForceDrafter(Nothing(), **sizes[0]), prompt(600), FixedPolicy(8, 4, 2), **sizes[1])
         assert tree.drafted > chain.drafted
@@ -271,14 +273,24 @@ class TestLevels:
     def test_built_anew_where_the_target_agrees_too_rarely(
         self, levels: list[Middle], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run(TriForceDrafter(Nothing(), budget=16, agreed=0.9), prompt(300), max_new_tokens=150)
-        run(TriForceDrafter(Nothing(), budget=16, agreed=0.0), prompt(300), max_new_tokens=150)
-        assert levels[0].builds > 1
-        assert levels[0].builds <= 1 + 150 // triforce.PATIENCE
-        assert levels[1].builds == 1
+        for agreed, dear in ((0.9, math.inf), (0.9, 0.0), (0.0, 0.0)):
+            monkeypatch.setattr(triforce_worth, "BUILDS", dear)
+            run(TriForceDrafter(Nothing(), budget=16, agreed=agreed), prompt(300), max_new_tokens=150)
+        assert 1 < levels[0].builds <= 1 + 150 // triforce_worth.PATIENCE < levels[1].builds
+        assert levels[2].builds == 1
         monkeypatch.setattr(triforce, "LONGER", 40)
         run(TriForceDrafter(Nothing(), budget=16, agreed=0.0), prompt(300), max_new_tokens=150, min_new_tokens=150)
-        assert levels[2].builds in (3, 4)
+        assert levels[3].builds in (3, 4)
+
+    def test_all_of_a_text_is_read_for_the_first_build_alone(
+        self, levels: list[Middle], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wholes, only_row = [], middle.only_row
+        monkeypatch.setattr(middle, "only_row", lambda *which: wholes.append(only_row(*which)) or wholes[-1])
+        monkeypatch.setattr(triforce, "LONGER", 10)
+        run(TriForceDrafter(Nothing(), budget=64), prompt(300), max_new_tokens=50, min_new_tokens=50)
+        assert levels[0].builds > 2
+        assert len(wholes) == 1
 
     def test_rows_are_those_of_the_full_cache(self, levels: list[Middle], monkeypatch: pytest.MonkeyPatch) -> None:
         """After every step the middle level holds, behind what it retrieved, byte by byte what the target holds."""
@@ -297,7 +309,7 @@ class TestLevels:
                 assert torch.equal(layer._keys[:, :, : self.length], full[:, :, : self.length])
 
         monkeypatch.setattr(Middle, "refresh", checking)
-        run(TriForceDrafter(NgramDrafter(), budget=64), prompt(300), max_new_tokens=60)
+        run(TriForceDrafter(NgramDrafter(), budget=64, agreed=0.0), prompt(300), max_new_tokens=60)
         assert max(checked) > 30
 
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.costs import Costs
 from specdec.drafters import MergedDrafter, NgramDrafter, TriForceDrafter
 from specdec.drafters.middle import SURE, Middle
+from specdec.drafters.triforce_worth import BUILDS, PATIENCE, Text, Worth
 from specdec.policies import FixedPolicy, ThroughputPolicy
 from tests import simulation, tiny
 from tests.simulation import Clock, Paced, Played
@@ -153,6 +155,31 @@ class TestAlone:
             used.append(level.levels[0].passes / rows)
             assert run.speed() > (1.3 if rows == 1 else 0.94)
         assert used[0] > 3 * used[1]
+
+
+class TestPatience:
+    """Of a cache that takes five seconds to build, where a pass over all rows takes one."""
+
+    @staticmethod
+    def waits(*lasted: int) -> list[float]:
+        """How long each cache is to serve at least, where those before it have served for so many tokens."""
+        worth, tokens, waits = Worth(), 1000, list[float]()
+        scratch = {worth: Text(step=1.0)}
+        for served in (0, *lasted):
+            tokens += served
+            worth.wrote(SimpleNamespace(scratch=scratch, tokens=range(tokens)), [1], True, 5.0)
+            waits.append(worth.patience(SimpleNamespace(scratch=scratch)))
+        return waits
+
+    def test_a_cache_pays_for_itself(self) -> None:
+        assert self.waits() == [BUILDS * 5]
+
+    def test_while_builds_do_not_help_they_become_rare(self) -> None:
+        assert self.waits(20, 41, 95, 140, 128) == [20, 40, 80, PATIENCE, PATIENCE, PATIENCE]
+
+    def test_one_that_helped_may_be_followed_soon(self) -> None:
+        assert self.waits(20, 41, 160) == [20, 40, 80, 20]
+        assert self.waits(20, 80, 256) == [20, 40, 20, 20]
 
 
 class TestAmongOthers:

@@ -23,7 +23,6 @@ from specdec.model import Model, reaches
 
 LONGER = 256  # tokens beyond its budget after which a cache is built anew
 OWN = 0x7219F0  # sets this drafter's random numbers apart from others' of the same seed
-PATIENCE = 32  # tokens between two builds at least
 
 
 class TriForceDrafter:
@@ -64,7 +63,7 @@ class TriForceDrafter:
         budget: int = 4096,
         chunk: int = 8,
         guesses: int = 4,
-        agreed: float = 0.6,
+        agreed: float = 0.7,
         name: str = "triforce",
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
@@ -110,9 +109,11 @@ class TriForceDrafter:
         if depth < 1 and not context.finished:
             return DraftTree.root(int(context.tokens[-1]))
         text = middle.text = self._settled(middle.text, context)
-        anew, fits = self._due(middle), middle.length <= self.budget
+        if context.finished or middle.length <= self.budget:
+            return self.first.draft([text], [budget])[0]
+        anew = self._due(context, middle)
         agreed = max(SURE, middle.agreed) if anew else middle.agreed
-        depth = 0 if context.finished or fits else self.worth.depth(context, depth, agreed, anew)
+        depth = self.worth.depth(context, depth, agreed, anew)
         if not depth:
             return self.first.draft([text], [budget])[0]
         start = self.clock()
@@ -133,12 +134,12 @@ class TriForceDrafter:
             depth -= 1
         return depth
 
-    def _due(self, middle: Middle) -> bool:
+    def _due(self, context: Context, middle: Middle) -> bool:
         """Whether the cache is to be built anew."""
         if middle.built_at is None:
             return True
         since = middle.length - middle.built_at
-        return since >= LONGER or (since >= PATIENCE and middle.agreed < self.agreed)
+        return since >= LONGER or (middle.agreed < self.agreed and since >= self.worth.patience(context))
 
     def _written(self, context: Context, text: Context, middle: Middle, budget: Budget, depth: int) -> DraftTree:
         """Let the middle level write ``depth`` tokens behind a text, which grows by them; the draft they are."""

@@ -12,6 +12,11 @@ from jaxtyping import Int
 from specdec.allowance import MOST, Allowance, Typical
 from specdec.core import Context
 
+BUILDS = (
+    4.0  # a cache is built anew at the soonest after as many tokens as plain decoding takes so many builds' time for
+)
+PATIENCE = 128.0  # or after these, however little builds help
+
 
 @dataclass(slots=True)
 class Text:
@@ -23,6 +28,8 @@ class Text:
         length: tokens when something was last written behind them.
         written: what that was; empty once it has been counted.
         spent: seconds that it is charged for.
+        built: tokens when a cache was built last.
+        wait: tokens there are to be at least from that to the next build, however quick building is.
     """
 
     step: float = math.inf
@@ -30,6 +37,8 @@ class Text:
     length: int = 0
     written: Sequence[int] = ()
     spent: float = 0.0
+    built: int = 0
+    wait: float = 0.0
 
 
 class Worth:
@@ -82,11 +91,23 @@ class Worth:
         risk = (self.build.value if anew else n * token) / step
         return n if self.allowance.left >= min(risk, MOST) else 0
 
+    def patience(self, context: Context) -> float:
+        """How many tokens there must be at least from a text's last build of a cache to the next, if ever built."""
+        text: Text = context.scratch[self]
+        return max(text.wait, min(PATIENCE, BUILDS * self.build.value / text.step))
+
     def wrote(self, context: Context, tokens: Sequence[int], anew: bool, seconds: float) -> None:
-        """Charge a text for what has been written, and remember that."""
+        """Charge a text for what has been written, and remember that.
+
+        Where a cache was built ``anew`` before the last one had served for twice as long as it had to, that one has not
+        helped much, and the next one is to serve for twice as long.
+        """
         text: Text = context.scratch[self]
         text.length, text.written = len(context.tokens), tokens
         if anew:
+            wait = self.patience(context)
+            text.wait = min(PATIENCE, 2 * wait) if text.length - text.built < 2 * wait else 0.0
+            text.built = text.length
             text.spent = min(seconds, self.build.value)  # nothing for the first, which may have compiled something
             self.build.see(seconds)
         else:
