@@ -147,7 +147,7 @@ def select(
     whole = keys.shape[1] // chunk
     grouped = query.float().view(len(keys), -1, query.shape[-1])
     each = grouped @ keys[:, : whole * chunk].float().mT
-    scores = each.unflatten(-1, (whole, chunk)).mean(-1) * keys.shape[-1] ** -0.5
+    scores = each.view(*each.shape[:2], whole, chunk).mean(-1) * keys.shape[-1] ** -0.5
     shares = scores.log_softmax(-1).logsumexp(1)
     best = shares[:, 1:].topk(max(0, min(room, whole) - 1), dim=-1).indices + 1
     return torch.cat([best.new_zeros(len(keys), min(1, whole)), best], 1)
