@@ -103,7 +103,7 @@ def test_the_table_shows_what_was_measured(tmp_path: Path) -> None:
     shown = long.long_context(tmp_path).splitlines()
     for line in (
         "| retrieval | 10.0 / 20.0 / 3 |",
-        "Building the retrieved rows anew: 500 ms at 9.",
+        "Building the retrieved rows for the first time: 500 ms at 9.",
         "| all | 4 | 9 |",
         "| full | 100% / 25% |",
         "| plain | 50 tokens/s (right: 100%) |",

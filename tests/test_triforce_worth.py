@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import specdec
-from specdec.allowance import FIRST, SHARE
+from specdec.allowance import FIRST, MOST, SHARE, Allowance
 from specdec.core import Budget, Context, Drafter, DraftTree, Verdict
 from specdec.costs import Costs
 from specdec.drafters import MergedDrafter, NgramDrafter, TriForceDrafter
@@ -98,7 +98,12 @@ def lost(run: Played) -> float:
     return sum(run.seconds) / run.plain - sum(run.tokens)
 
 
-PAYS = {(0.95, 0.05): 4.0, (0.95, 0.15): 2.5, (0.7, 0.15): 1.3}  # by chance to be right and seconds: plain speed times
+PAYS = {
+    (0.95, 0.05): 4.0,
+    (0.95, 0.15): 2.5,
+    (0.7, 0.15): 1.3,
+    (0.6, 0.1): 1.2,
+}  # by chance to be right and seconds: plain speed times
 FAILS = [(0.95, 0.95), (0.7, 0.95), (0.3, 0.6), (0.0, 0.15)]
 TRY = BUILD + 1.0  # the first, which says what the next would take
 
@@ -157,6 +162,30 @@ class TestAlone:
         assert used[0] > 3 * used[1]
 
 
+class TestDepth:
+    """Where a pass over all rows takes one second, a token of the middle level 0.3, and verifying them 1 or 2."""
+
+    @staticmethod
+    def depth(agreed: float, verifying: float) -> int:
+        """How many tokens are written, where that was tried once."""
+        worth, scratch = Worth(), dict[Any, Any]()
+        for steps, seconds in ((1, 1.0), (2, verifying)):
+            verdict = SimpleNamespace(prompt=False, seconds=seconds)
+            context = SimpleNamespace(
+                steps=steps, verdict=verdict, tokens=np.zeros(steps), scratch=scratch, finished=False
+            )
+            worth.learn(context, rows=1)
+            worth.wrote(context, [1], False, 0.3)
+        worth.allowance = Allowance(MOST)
+        return worth.depth(context, 6, agreed, anew=False)
+
+    def test_where_it_is_known_not_to_pay_nothing_is_written(self) -> None:
+        assert [self.depth(agreed, 1.0) for agreed in (0.2, 0.4, 0.95)] == [0, 1, 3]
+
+    def test_a_pass_that_verifies_may_be_dearer(self) -> None:
+        assert [self.depth(agreed, 2.0) for agreed in (0.4, 0.7, 0.95)] == [0, 0, 3]
+
+
 class TestPatience:
     """Of a cache that takes five seconds to build, where a pass over all rows takes one."""
 
@@ -175,11 +204,11 @@ class TestPatience:
         assert self.waits() == [BUILDS * 5]
 
     def test_while_builds_do_not_help_they_become_rare(self) -> None:
-        assert self.waits(20, 41, 95, 140, 128) == [20, 40, 80, PATIENCE, PATIENCE, PATIENCE]
+        assert self.waits(10, 21, 45, 81, 128) == [10, 20, 40, 80, PATIENCE, PATIENCE]
 
     def test_one_that_helped_may_be_followed_soon(self) -> None:
-        assert self.waits(20, 41, 160) == [20, 40, 80, 20]
-        assert self.waits(20, 80, 256) == [20, 40, 20, 20]
+        assert self.waits(10, 21, 80) == [10, 20, 40, 10]
+        assert self.waits(10, 40, 256) == [10, 20, 10, 10]
 
 
 class TestAmongOthers:

@@ -50,7 +50,7 @@ def _long_section(report: Report) -> str:
         f"{machine(report['machine'])}. {budget} tokens retrieved, a window of {window} and four sinks. Milliseconds "
         "of a pass over 1 token / over 8 / MB of KV rows:",
         _across(report["passes"], "cache", _pass_cell),
-        f"Building the retrieved rows anew: {', '.join(_builds(report['passes']))}.",
+        f"Building the retrieved rows for the first time: {', '.join(_builds(report['passes']))}.",
         "KiB that a drafter holds for a text, all of two layers of one head of 64:",
         _across(report["memory"], "drafter", lambda r: f"{r['bytes'] / 2**10:.0f}"),
         f"A model of {trained['parameters'] / 1e6:.1f}M parameters, trained for {trained['steps']} steps to find "

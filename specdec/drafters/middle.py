@@ -21,7 +21,7 @@ from specdec.model import Model, reaches
 from specdec.retrieval_cache import RetrievalCache, queries
 
 SURE = 0.9  # how often the target is taken to agree before anything has been seen
-WEIGHT = 0.08  # of the newest agreement or disagreement
+WEIGHT = 0.12  # of the newest agreement or disagreement
 
 
 class Middle:

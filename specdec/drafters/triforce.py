@@ -63,7 +63,7 @@ class TriForceDrafter:
         budget: int = 4096,
         chunk: int = 8,
         guesses: int = 4,
-        agreed: float = 0.7,
+        agreed: float = 0.65,
         name: str = "triforce",
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
@@ -111,9 +111,11 @@ class TriForceDrafter:
         text = middle.text = self._settled(middle.text, context)
         if context.finished or middle.length <= self.budget:
             return self.first.draft([text], [budget])[0]
-        anew = self._due(context, middle)
-        agreed = max(SURE, middle.agreed) if anew else middle.agreed
-        depth = self.worth.depth(context, depth, agreed, anew)
+        anew, most, depth = self._due(context, middle), depth, 0
+        if anew:
+            depth = self.worth.depth(context, most, max(SURE, middle.agreed), anew)
+        if not depth and middle.built_at is not None:  # what is held may still be worth more than nothing
+            anew, depth = False, self.worth.depth(context, most, middle.agreed, False)
         if not depth:
             return self.first.draft([text], [budget])[0]
         start = self.clock()

@@ -12,10 +12,10 @@ from jaxtyping import Int
 from specdec.allowance import MOST, Allowance, Typical
 from specdec.core import Context
 
-BUILDS = (
-    4.0  # a cache is built anew at the soonest after as many tokens as plain decoding takes so many builds' time for
-)
-PATIENCE = 128.0  # or after these, however little builds help
+# A cache is built anew at the soonest after as many tokens as plain decoding takes so many builds' time for; or after
+# so many tokens, however little builds help.
+BUILDS = 2.0
+PATIENCE = 128.0
 
 
 @dataclass(slots=True)
@@ -56,6 +56,7 @@ class Worth:
 
     def __init__(self) -> None:
         self.token, self.build = Typical(0.0), Typical(0.0)  # seconds; of a call that builds, with the tokens it writes
+        self.dearer = Typical(1.0)  # a pass of the target that verifies, beside one that does not
         self.allowance = Allowance()
 
     def learn(self, context: Context, rows: int) -> None:
@@ -66,6 +67,7 @@ class Worth:
             text.step = min(text.step, verdict.seconds / rows)
             if text.written and new == 1:
                 text.spent += verdict.seconds / rows - text.step  # for verifying it
+                self.dearer.see(verdict.seconds / rows / text.step)
         if new:
             right = _agreed(text.written, context.tokens[text.length :])
             self.allowance.settle(new, right - text.spent / text.step)
@@ -84,9 +86,10 @@ class Worth:
             return 0
         token = self.token.value if self.token.seen else step
         depths = np.arange(1, 1 + max(1, min(most, int(step / token) if token > 0 else most)))
-        speed = (1 + np.cumsum(agreed**depths)) / (step + depths * token)
+        speed = (1 + np.cumsum(agreed**depths)) / (step * self.dearer.value + depths * token)
         n = int(speed.argmax()) + 1
-        if anew and self.build.seen and speed[n - 1] * step <= 1:
+        known = self.build.seen if anew else self.token.seen
+        if known and speed[n - 1] * step <= 1:
             return 0
         risk = (self.build.value if anew else n * token) / step
         return n if self.allowance.left >= min(risk, MOST) else 0
