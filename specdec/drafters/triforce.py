@@ -105,15 +105,14 @@ class TriForceDrafter:
         middle.choice = context.choice
         if context.finished:
             del context.scratch[self]
-        depth = self._depth(budget, middle.agreed)
-        if depth < 1 and not context.finished:
+        most = self._depth(budget, middle.agreed)
+        if most < 1 and not context.finished:
             return DraftTree.root(int(context.tokens[-1]))
         text = middle.text = self._settled(middle.text, context)
         if context.finished or middle.length <= self.budget:
             return self.first.draft([text], [budget])[0]
-        anew, most, depth = self._due(context, middle), depth, 0
-        if anew:
-            depth = self.worth.depth(context, most, max(SURE, middle.agreed), anew)
+        anew = self._due(context, middle)
+        depth = self.worth.depth(context, most, max(SURE, middle.agreed), True) if anew else 0
         if not depth and middle.built_at is not None:  # what is held may still be worth more than nothing
             anew, depth = False, self.worth.depth(context, most, middle.agreed, False)
         if not depth:
