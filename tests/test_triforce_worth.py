@@ -179,9 +179,11 @@ class TestDepth:
         worth.allowance = Allowance(MOST)
         return worth.depth(context, 6, agreed, anew=False)
 
-    def test_what_verifying_adds_is_shared_by_more_tokens(self) -> None:
-        assert [self.depth(agreed, 1.0) for agreed in (0.4, 0.7, 0.95)] == [1, 2, 3]
-        assert [self.depth(agreed, 2.0) for agreed in (0.4, 0.7, 0.95)] == [1, 3, 3]
+    def test_where_it_is_known_not_to_pay_nothing_is_written(self) -> None:
+        assert [self.depth(agreed, 1.0) for agreed in (0.2, 0.4, 0.7, 0.95)] == [0, 1, 2, 3]
+
+    def test_a_pass_that_verifies_may_be_dearer(self) -> None:
+        assert [self.depth(agreed, 2.0) for agreed in (0.4, 0.7, 0.95)] == [0, 0, 3]
 
 
 class TestPatience:

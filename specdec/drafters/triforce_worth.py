@@ -45,9 +45,9 @@ class Worth:
     """Chooses how many tokens are written at a time: for the most tokens per second, within an ``Allowance``.
 
     Each token takes a pass of the middle level, or a share of one. Where the target agrees with each by a chance of a,
-    n of them and a pass of the target that verifies them bring 1 + a + ... + a^n tokens. All n take no longer than a pass
-    of the target, so that little is lost where the target disagrees. Where the allowance, in passes of the target, does
-    not cover what they would take, and where nothing is promised that would pay for building a cache, nothing is written.
+    n of them and a pass of the target that verifies them bring 1 + a + ... + a^n tokens. All n take no longer than a
+    pass of the target, so that little is lost where the target disagrees. Where the allowance, in passes of the target,
+    does not cover what they would take, and where they are known not to pay, nothing is written.
 
     The middle level takes as long behind any text, since it always reads as much, and the target takes the longer the
     longer the text is. So what was learnt in one text says at once that another is too short, and costs it nothing. It
@@ -88,7 +88,8 @@ class Worth:
         depths = np.arange(1, 1 + max(1, min(most, int(step / token) if token > 0 else most)))
         speed = (1 + np.cumsum(agreed**depths)) / (step * self.dearer.value + depths * token)
         n = int(speed.argmax()) + 1
-        if anew and self.build.seen and speed[n - 1] * step <= 1:
+        known = self.build.seen if anew else self.token.seen
+        if known and speed[n - 1] * step <= 1:
             return 0
         risk = (self.build.value if anew else n * token) / step
         return n if self.allowance.left >= min(risk, MOST) else 0
