@@ -75,8 +75,8 @@ class Middle:
     def _queries(self, root: int) -> dict[int, Tensor]:
         """What a text's last token asks for in every layer, by a pass that leaves no trace.
 
-        The first time it goes over all there is. Later it goes over what is held, which costs a fraction of that, and
-        of what is not held the next build finds what this one did not.
+        The first time it goes over all there is; later over what is held, which costs a fraction of that and asks for
+        much the same.
         """
         if self.built_at is None:
             over = narrowed(self.target, self.row, only_row(self.target.cache, self.row))
