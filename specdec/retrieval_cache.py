@@ -146,8 +146,7 @@ def select(
     """
     whole = keys.shape[1] // chunk
     grouped = query.float().view(len(keys), -1, query.shape[-1])
-    # Head by head, as this is a copy of all its keys where they are of half precision.
-    each = torch.stack([own @ head.float().mT for own, head in zip(grouped, keys[:, : whole * chunk], strict=True)])
+    each = grouped @ keys[:, : whole * chunk].float().mT
     scores = each.view(*each.shape[:2], whole, chunk).mean(-1) * keys.shape[-1] ** -0.5
     shares = scores.log_softmax(-1).logsumexp(1)
     best = shares[:, 1:].topk(max(0, min(room, whole) - 1), dim=-1).indices + 1

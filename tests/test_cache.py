@@ -145,6 +145,18 @@ class TestMemory:
         assert held(cache.layers[0]) == [list(range(500))]
         assert len({shape for _, shape in places}) < 12
 
+    def test_rows_adopted_go_where_others_were_if_there_is_room(self) -> None:
+        layer, buffers = SlotLayer(), list[torch.Tensor]()
+        for length, dtype in ((20, torch.float32), (10, torch.float32), (500, torch.float32), (10, torch.float64)):
+            rows = torch.arange(length, dtype=dtype)[None, None, :, None].expand(1, 2, -1, 4)
+            layer.adopt(rows, rows + 1, 600)
+            assert torch.equal(layer.keys, rows)
+            assert torch.equal(layer.values, rows + 1)
+            assert layer.keys.dtype == dtype
+            buffers.append(layer.buffers[0])
+        assert buffers[0] is buffers[1]
+        assert len({id(each) for each in buffers}) == 3
+
     def test_a_window_keeps_a_cache_small(self) -> None:
         cache = cache_of(5)
         feed(cache, [[0]])

@@ -58,6 +58,18 @@ class TestSelect:
         keys = of_means((0, 0), (900, 0), (-300, 0), (-200, 0), (-900, 0))
         assert select(torch.tensor([[1.0, 0.0]]), keys, 2, 4)[0].tolist() == [0, 1, 3, 2]
 
+    def test_against_the_formula(self) -> None:
+        """Shares of attention that each of three heads pays to chunks' means, added up; two keys are left over."""
+        random = np.random.default_rng(0)
+        keys, query = random.normal(size=(2, 122, 16)), 3 * random.normal(size=(6, 16))
+        chosen = select(torch.from_numpy(query).float(), torch.from_numpy(keys).float(), 3, 20)
+        for head in range(2):
+            means = [keys[head, 3 * i : 3 * i + 3].mean(0) for i in range(40)]
+            scores = np.exp(query[3 * head : 3 * head + 3] @ np.transpose(means) / 4)
+            shares = (scores / scores.sum(1, keepdims=True)).sum(0)
+            best = sorted(range(1, 40), key=lambda i, shares=shares: -shares[i])
+            assert chosen[head].tolist() == [0, *best[:19]]
+
 
 @pytest.mark.parametrize("arguments", [{"budget": 8}, {"chunk": 0}])
 def test_budgets_that_cannot_be(arguments: dict[str, int]) -> None:
@@ -135,6 +147,21 @@ def test_layers_with_recurrent_states_go_on_from_copies_of_those(kind: str) -> N
             for chain, logits, path in ((first, ours[0], [0, 1]), (second, ours[1], [0, 1, 2])):
                 torch.testing.assert_close(target.forward([chain] * rows).logits[row], logits, atol=1e-4, rtol=1e-4)
                 target.keep([path] * rows)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_later_builds_ask_by_what_is_held(heads: int) -> None:
+    """With room for all of a text that asks for what a pass over all of it asks for, whatever was guessed before."""
+    target, level = read(heads, 400)
+    level.write(DraftTree.chain(7, [8, 9], [1.0] * 2, ""), 3, torch.Generator(), 0)
+    target.forward([DraftTree.chain(7, [11, 12], [1.0] * 2, "")])
+    target.keep([[0, 1]])
+    ours = level._queries(12)
+    with queries(target.config) as full:
+        target.forward([DraftTree.root(12)])
+    assert ours.keys() == full.keys()
+    for number, query in full.items():
+        torch.testing.assert_close(ours[number], query, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
