@@ -152,13 +152,13 @@ def test_layers_with_recurrent_states_go_on_from_copies_of_those(kind: str) -> N
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_later_builds_ask_by_what_is_held(heads: int) -> None:
     """With room for all of a text that asks for what a pass over all of it asks for, whatever was guessed before."""
-    target, level = read(heads, 400)
+    target, level = read(heads, 400, 60)
     level.write(DraftTree.chain(7, [8, 9], [1.0] * 2, ""), 3, torch.Generator(), 0)
-    target.forward([DraftTree.chain(7, [11, 12], [1.0] * 2, "")])
-    target.keep([[0, 1]])
-    ours = level._queries(12)
+    target.forward([DraftTree.chain(7, range(20, 26), [1.0] * 6, "")])
+    target.keep([range(6)])
+    ours = level._queries(25)
     with queries(target.config) as full:
-        target.forward([DraftTree.root(12)])
+        target.forward([DraftTree.root(25)])
     assert ours.keys() == full.keys()
     for number, query in full.items():
         torch.testing.assert_close(ours[number], query, atol=1e-4, rtol=1e-4)
