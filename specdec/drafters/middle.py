@@ -65,12 +65,12 @@ class Middle:
 
     def refresh(self, root: int, anew: bool) -> None:
         """Hold what the target has committed by now; built ``anew``, for the queries of the text's last token."""
+        if self.built_at is not None:
+            self.cache.follow()
+        self.model.lengths = [self.length]
         if anew:
             self.cache.rebuild(self._queries(root))
             self.builds, self.built_at, self.agreed = self.builds + 1, self.length, max(self.agreed, SURE)
-        else:
-            self.cache.follow()
-        self.model.lengths = [self.length]
 
     def _queries(self, root: int) -> dict[int, Tensor]:
         """What a text's last token asks for in every layer, by a pass that leaves no trace.
@@ -78,11 +78,9 @@ class Middle:
         The first time it goes over all there is; later over what is held, which costs a fraction of that and asks for
         much the same.
         """
+        over = self.model
         if self.built_at is None:
             over = narrowed(self.target, self.row, only_row(self.target.cache, self.row))
-        else:
-            self.cache.follow()
-            over, self.model.lengths = self.model, [self.length]
         with queries(self.target.config) as noted:
             over.forward([DraftTree.root(root)])
         return noted
