@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
 from specdec.kernels.layer_numba import exp
-from specdec.kernels.linear_numba import product
+from specdec.kernels.linear_numba import LONGEST, product
 from specdec.kernels.tile_numba import LANES, MIXES, SIZES, mix, tile
 
 LENGTHS = (0, 1, LANES - 1, LANES, LANES + 1, 63, 64, 65)
 
 
 @njit
-def _tile(outputs, rows, lines, w, x, y, inputs):
+def _tile(outputs, rows, lines, w, x, y, inputs, more=0):
     at = w.ctypes.data, x.ctypes.data, y.ctypes.data
     strides = w.shape[1], x.shape[1], y.shape[1]
-    tile(outputs, rows, lines, at[0], strides[0], at[1], strides[1], at[2], strides[2], inputs, at[0])
+    tile(outputs, rows, lines, at[0], strides[0], at[1], strides[1], at[2], strides[2], inputs, more, at[0])
 
 
 @njit
@@ -68,6 +69,26 @@ def test_a_tile_of_every_size(length: int) -> None:
         _is_only(y, x[:rows, :length] @ w[:outputs, :length].T)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_tile_adds_to_what_is_there(length: int) -> None:
+    for outputs, rows, lines in SIZES:
+        w, x, before = _random(6, length), _random(7, length), _random(rows, outputs)
+        y = np.full((8, 9), np.nan, np.float32)
+        y[:rows, :outputs] = before
+        _tile(outputs, rows, lines, w, x, y, length, 1)
+        _is_only(y, before + x[:rows] @ w[:outputs].T)
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get("fma"), reason="this machine has no fused multiply-add")
+def test_a_tile_multiplies_and_adds_in_one_rounding() -> None:
+    root = 1 + 2.0**-12  # its square is 1 + 2^-11 + 2^-24, of which a rounded product keeps no 2^-24
+    for outputs, rows, lines in SIZES:
+        w, x, y = np.zeros((6, 2 * LANES), np.float32), np.zeros((7, 2 * LANES), np.float32), _random(8, 9)
+        w[:, 0], x[:, 0], w[:, LANES], x[:, LANES] = -1 - 2.0**-11, 1, root, root
+        _tile(outputs, rows, lines, w, x, y, 2 * LANES)
+        assert (y[:rows, :outputs] == 2.0**-24).all()
+
+
 def test_a_tile_of_another_size_does_nothing() -> None:
     y = np.full((8, 9), np.nan, np.float32)
     _tile(3, 1, 1, _random(6, 8), _random(7, 8), y, 8)
@@ -86,7 +107,7 @@ def test_a_mix_of_every_size(terms: int) -> None:
 
 @pytest.mark.parametrize("rows", [*range(34), 64, 129, 200])
 def test_a_product_of_any_rows(rows: int) -> None:
-    for outputs, inputs in ((1, 5), (3, LANES), (4, 65), (6, 37), (9, 128)):
+    for outputs, inputs in ((1, 5), (3, LANES), (4, 65), (6, 37), (9, 128), (5, LONGEST + 1), (4, 2 * LONGEST + 37)):
         w, x = _within(_random(outputs + 1, inputs + 3), outputs, inputs), _random(rows + 1, inputs + 2)
         y = np.full((rows + 2, outputs + 3), np.nan, np.float32)
         _product(w, _within(x, rows, inputs), y, rows, inputs, outputs)

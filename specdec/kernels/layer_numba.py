@@ -34,15 +34,16 @@ def before_cache(
     heads, groups = q.shape[1] // dim, k.shape[1] // dim
     for t in prange(threads):
         rows = normed(x, norm, eps)
-        for head in range((heads + 2 * groups) * t // threads, (heads + 2 * groups) * (t + 1) // threads):
+        for head in range((heads + groups) * t // threads, (heads + groups) * (t + 1) // threads):
             if head < heads:
                 _head(rows, wq, bq, q, head * dim, dim)
                 _turned(q, head * dim, dim, q_norm, eps, cos, sin)
-            elif head < heads + groups:
+            else:
                 _head(rows, wk, bk, k, (head - heads) * dim, dim)
                 _turned(k, (head - heads) * dim, dim, k_norm, eps, cos, sin)
-            else:
-                _head(rows, wv, bv, v, (head - heads - groups) * dim, dim)
+        first, last = len(wv) * t // threads, len(wv) * (t + 1) // threads  # these may be cut anywhere
+        outputs_of(rows, wv, v, first, last)
+        _add_bias(v, bv, first, last)
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
@@ -73,8 +74,7 @@ def after_cache(
             q, b, nodes, group * (heads // groups), heads // groups, dim, k, key_strides[2], v, value_strides[2], first,
             last, mask, plain, scale, seen[part], logs[part],
         )  # fmt: skip
-    for part in range(1, parts):
-        _add_part(seen[0], logs[0], seen[part], logs[part], dim)
+    _join(seen, logs, dim)
     after_attention(x, seen[0], wo, bo, norm, eps, wg, wu, wd, bg, bu, bd, y, threads)
 
 
@@ -152,12 +152,28 @@ def _scored(queries: Any, keys: int, stride: int, scores: Any) -> None:
         product(keys + 4 * done * stride, stride, q, dim, s + 4 * done, slots, rows, dim, slots - done)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _add_part(seen: Any, logs: Any, part: Any, part_logs: Any, dim: int) -> None:
-    """Merge what was read of other slots into ``seen`` and ``logs``."""
-    for n in range(len(seen)):
-        for head in range(logs.shape[1]):
-            _add_read(seen[n], logs[n], head, part[n, head * dim : (head + 1) * dim], part_logs[n, head], False)
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _join(seen: Any, logs: Any, dim: int) -> None:
+    """Put what was read of all parts of the slots together, in place of the first part's; ``logs`` are used up."""
+    parts, rows, heads = logs.shape
+    for n in range(rows if parts > 1 else 0):
+        for head in range(heads):
+            top, total = logs[0, n, head], np.float32(0)
+            for part in range(1, parts):
+                top = max(top, logs[part, n, head])
+            if top == -np.inf:  # padding, which sees nothing
+                continue
+            for part in range(parts):
+                weight = exp(logs[part, n, head] - top)
+                logs[part, n, head] = weight
+                total += weight
+            own, share = seen[0, n][head * dim : (head + 1) * dim], logs[0, n, head] / total
+            for i in range(dim):
+                own[i] *= share
+            for part in range(1, parts):
+                other, share = seen[part, n][head * dim : (head + 1) * dim], logs[part, n, head] / total
+                for i in range(dim):
+                    own[i] += other[i] * share
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
 
-from specdec.kernels.tile_numba import OUTPUTS, ROWS, tile
+from specdec.kernels.tile_numba import LANES, OUTPUTS, ROWS, tile
 
 if config.THREADING_LAYER == "default":
     config.THREADING_LAYER = "threadsafe"  # numba's own would abort the process where two threads call at once
+
+LONGEST = 1024  # inputs at a time: of more, a few outputs' weights do not stay in the nearest cache for all tiles
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -27,19 +29,34 @@ def product(
     """``y = x @ w.T`` in this thread, of matrices given by address and stride in float32 numbers."""
     tiles = (rows + ROWS - 1) // ROWS
     lines = 4 if tiles <= 2 else 2  # more turns, fewer lines in each: all that the next outputs need is fetched
+    cuts = 1 if tiles == 1 else (inputs + LONGEST - 1) // LONGEST
     o = 0
     while o < outputs:
         some = OUTPUTS if rows > 1 and o + OUTPUTS <= outputs else 1
-        ahead = w + 4 * w_stride * (o + OUTPUTS)
-        n = 0
-        for t in range(tiles):
-            height = (rows - n + tiles - t - 1) // (tiles - t)
-            at = w + 4 * w_stride * o, x + 4 * x_stride * n, y + 4 * (y_stride * n + o)
-            tile(
-                some, height, lines if some > 1 else 1, at[0], w_stride, at[1], x_stride, at[2], y_stride, inputs, ahead
-            )
-            ahead += 4 * lines * inputs
-            n += height
+        ahead, begin = w + 4 * w_stride * (o + OUTPUTS), 0
+        for cut in range(cuts):
+            end = inputs if cut == cuts - 1 else inputs * (cut + 1) // cuts // LANES * LANES
+            n = 0
+            for t in range(tiles):
+                height = (rows - n + tiles - t - 1) // (tiles - t)
+                at = w + 4 * (w_stride * o + begin), x + 4 * (x_stride * n + begin), y + 4 * (y_stride * n + o)
+                tile(
+                    some,
+                    height,
+                    lines if some > 1 else 1,
+                    at[0],
+                    w_stride,
+                    at[1],
+                    x_stride,
+                    at[2],
+                    y_stride,
+                    end - begin,
+                    cut > 0,
+                    ahead,
+                )
+                ahead += 4 * lines * (end - begin)
+                n += height
+            begin = end
         o += some
 
 

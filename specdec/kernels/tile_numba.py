@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 _features = binding.get_host_cpu_features()
 LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx2") else 4
-ROWS = 3 if LANES == 8 else 4  # of x in one tile: 4 x ROWS sums, with ROWS + 1 factors, fill the vector registers
+ROWS = {16: 6, 8: 3, 4: 4}[LANES]  # of x in one tile: 4 x ROWS sums, with ROWS + 1 factors, fill the vector registers
 OUTPUTS = 4
 LINE = 64  # bytes the memory delivers at a time
 # Outputs and rows of a tile, and the lines of memory it fetches ahead at each turn.
@@ -25,6 +25,8 @@ SIZES += [(OUTPUTS, rows, lines) for rows in range(1, ROWS + 1) for lines in (2,
 MIXES = [(vectors, rows) for vectors in (1, 4) for rows in range(1, ROWS + 1)]  # vectors of columns, and rows
 
 _FLOAT, _INT, _BYTES = ir.FloatType(), ir.IntType(64), ir.IntType(8).as_pointer()
+_BIT = ir.IntType(1)
+_LANE = ir.IntType(32)  # what counts lanes
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 
@@ -42,6 +44,7 @@ def tile(
     y: Any,
     y_stride: Any,
     inputs: Any,
+    more: Any,
     ahead: Any,
 ) -> Any:
     """``y[r, o] = sum over i of w[o, i] * x[r, i]`` for the outputs and rows of one tile; a size that is not among
@@ -50,9 +53,10 @@ def tile(
     Args:
         w, x, y: addresses of the first numbers, float32; strides are counted in numbers.
         inputs: length of the sums, any.
+        more: 1 where what ``y`` holds is added to the sums, 0 where it is not.
         lines: as many lines of memory are fetched for each that is read of one output, from the address ``ahead`` on.
     """
-    signature = types.void(*[types.int64] * 11)
+    signature = types.void(*[types.int64] * 12)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Sequence[Any]) -> Any:
         _choose(builder, arguments, [(size, _tile(builder.module, *size)) for size in SIZES])
@@ -157,7 +161,7 @@ def _turn(module: ir.Module) -> ir.Function:
     for o in range(LANES):
         _fetch(b, b.add(ahead, b.mul(w_stride, _INT(4 * o))), LINE)
     rows = [_load(b, _at(b, w, b.mul(w_stride, _INT(o))), _INT(0), _VECTOR) for o in range(LANES)]
-    kind, half = ir.VectorType(ir.IntType(32), LANES), LANES // 2
+    kind, half = ir.VectorType(_LANE, LANES), LANES // 2
     lanes = [[start + i // 2 + i % 2 * LANES for i in range(LANES)] for start in (0, half)]
     for _ in range(half.bit_length()):
         pairs = zip(rows[:half], rows[half:], strict=True)
@@ -171,7 +175,7 @@ def _turn(module: ir.Module) -> ir.Function:
 def _tile(module: ir.Module, outputs: int, rows: int, lines: int) -> ir.Function:
     """The tile of one size, as a function of addresses, strides, the sums' length and where to fetch from."""
     name = f"specdec_tile_{outputs}_{rows}_{lines}"
-    b, (w, w_stride, x, x_stride, y, y_stride, inputs, ahead) = _begun(module, name, 8)
+    b, (w, w_stride, x, x_stride, y, y_stride, inputs, more, ahead) = _begun(module, name, 9)
     ws = [_at(b, w, b.mul(w_stride, _INT(o))) for o in range(outputs)]
     xs = [_at(b, x, b.mul(x_stride, _INT(r))) for r in range(rows)]
 
@@ -184,10 +188,21 @@ def _tile(module: ir.Module, outputs: int, rows: int, lines: int) -> ir.Function
         return [_plus(b, sums.pop(0), weight, factor) for factor in factors for weight in weights]
 
     sums, at = _loop(b, _INT(0), b.and_(inputs, _INT(-LANES)), LANES, [_ZERO] * (outputs * rows), add)
-    totals, _ = _loop(b, at, inputs, 1, _reduced(b, sums), add)
-    for i, total in enumerate(totals):
-        r, o = divmod(i, outputs)
-        b.store(total, _at(b, y, b.add(b.mul(y_stride, _INT(r)), _INT(o))))
+    totals = _reduced(b, sums)
+    ys = [_at(b, y, b.mul(y_stride, _INT(r))) for r in range(rows)]
+    for r, to in enumerate(ys):
+        first = r * outputs % LANES
+        lanes = ir.Constant(ir.VectorType(_LANE, outputs), list(range(first, first + outputs)))
+        total = totals[r * outputs // LANES]
+        total = b.shuffle_vector(total, total, lanes)
+        before = b.select(
+            b.trunc(more, _BIT), _load(b, to, _INT(0), total.type), ir.Constant(total.type, [0.0] * outputs)
+        )
+        _store(b, b.fadd(total, before), to)
+    with b.if_then(b.icmp_signed("<", at, inputs), likely=False):
+        ones = [_load(b, ys[i // outputs], _INT(i % outputs), _FLOAT) for i in range(outputs * rows)]
+        for i, total in enumerate(_loop(b, at, inputs, 1, ones, add)[0]):
+            b.store(total, b.gep(ys[i // outputs], [_INT(i % outputs)]))
     b.ret_void()
     return b.function
 
@@ -223,29 +238,28 @@ def _loop(
 
 
 def _plus(b: ir.IRBuilder, total: ir.Value, factor: ir.Value, other: ir.Value) -> ir.Value:
-    return b.fadd(total, b.fmul(factor, other, ("contract",)), ("contract",))
+    return b.fadd(total, b.fmul(factor, other, flags=("contract",)), flags=("contract",))
 
 
 def _splat(b: ir.IRBuilder, number: ir.Value) -> ir.Value:
     one = b.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, _INT(0))
-    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(_LANE, LANES), [0] * LANES))
 
 
 def _reduced(b: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
     """The sum over the lanes of each of ``vectors``: neighbours are added until each lane is a sum of its own."""
-    count = len(vectors)
     while len(vectors) & (len(vectors) - 1):
         vectors = [*vectors, vectors[-1]]
     for _ in range(LANES.bit_length() - 1):
         firsts, seconds = (vectors[::2], vectors[1::2]) if len(vectors) > 1 else (vectors, vectors)
         vectors = [_pairwise(b, *pair) for pair in zip(firsts, seconds, strict=True)]
-    return [b.extract_element(vectors[i // LANES], ir.IntType(32)(i % LANES)) for i in range(count)]
+    return vectors
 
 
 def _pairwise(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
     """Sums of neighbouring lanes: those of ``first``, then those of ``second``."""
     even, odd = (
-        b.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(i, 2 * LANES, 2))))
+        b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_LANE, LANES), list(range(i, 2 * LANES, 2))))
         for i in (0, 1)
     )
     return b.fadd(even, odd)
@@ -262,7 +276,7 @@ def _load(b: ir.IRBuilder, start: ir.Value, at: ir.Value, kind: ir.Type) -> ir.V
 
 
 def _store(b: ir.IRBuilder, vector: ir.Value, place: ir.Value) -> None:
-    b.store(vector, b.bitcast(place, _VECTOR.as_pointer())).align = 4
+    b.store(vector, b.bitcast(place, vector.type.as_pointer())).align = 4
 
 
 def _fetch(b: ir.IRBuilder, address: ir.Value, size: int) -> None:
