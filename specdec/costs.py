@@ -41,7 +41,7 @@ class Costs:
 
     Args:
         seconds: of passes over a short text by tokens fed; straight lines are drawn between and beyond them.
-        read: seconds to read one token's keys and values.
+        read: seconds to read one token's keys and values, at first; moved by ``learn``, as ``attend`` is.
         attend: seconds for one node to attend to one token.
         spare: how much longer the model's own step takes in plain ``generate``, as a share of our pass over one token.
 
@@ -87,15 +87,21 @@ class Costs:
         return DOUBT / math.sqrt(least)
 
     def learn(self, nodes: int, context: int, rows: int, seconds: float) -> None:
-        """Move the curve towards what a pass took, most where passes are about as large.
+        """Move the curve towards what a pass took, most where passes are about as large, and what the context costs.
 
-        A pass that took far longer or shorter than expected was disturbed: it counts as a smaller surprise.
+        Each moves by its share of the time that was expected: else a curve would have to make up, for all texts, for
+        what attention to a long one was misjudged by. A pass that took far longer or shorter than expected was
+        disturbed: it counts as a smaller surprise.
         """
         if seconds <= 0 or rows * nodes > LARGEST:
             return
-        expected = self.curve.item(rows * nodes - 1) + rows * context * (self.read + self.attend * nodes)
-        surprise = math.log(seconds / expected)
-        learn(self.curve, self.seen, rows * nodes, min(max(surprise, -SURPRISE), SURPRISE))
+        behind = rows * context * (self.read + self.attend * nodes)
+        expected = self.curve.item(rows * nodes - 1) + behind
+        surprise = min(max(math.log(seconds / expected), -SURPRISE), SURPRISE)
+        share = behind / expected
+        learn(self.curve, self.seen, rows * nodes, surprise * (1 - share))
+        factor = math.exp(FRESH * surprise * share)
+        self.read, self.attend = self.read * factor, self.attend * factor
 
     def save(self, path: Path) -> None:
         """Write it to ``path``, and from now on ``keep`` it there. Raises OSError where that cannot be written."""

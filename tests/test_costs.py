@@ -78,6 +78,17 @@ class TestLearning:
             costs.learn(8, 500, 2, expected)
         assert costs.curve == pytest.approx(Costs(KERNELS).curve)
 
+    def test_a_long_text_that_was_misjudged_does_not_make_passes_over_short_ones_free(self) -> None:
+        """Attention was timed at twice what it costs."""
+        quick, read, attend = {1: 0.02, 8: 0.021, 16: 0.03, 32: 0.053}, 1.5e-6, 2.5e-7
+        seconds, costs = table(quick), Costs(quick, 2 * read, 2 * attend)
+        for nodes in [9, 17, 9] * 40:
+            costs.learn(nodes, 7000, 1, seconds(nodes) + 7000 * (read + attend * nodes))
+        for nodes in (1, 9, 17):
+            assert costs.time(nodes, 300) == pytest.approx(seconds(nodes) + 300 * (read + attend * nodes), rel=0.2)
+        assert costs.time(9, 7000) == pytest.approx(seconds(9) + 7000 * (read + attend * 9), rel=0.05)
+        assert costs.read / costs.attend == pytest.approx(read / attend)
+
     def test_a_disturbed_pass_hardly_counts(self) -> None:
         costs = Costs(KERNELS)
         for seconds in (10.0, 1e-6):
