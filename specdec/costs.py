@@ -79,7 +79,7 @@ class Costs:
         fed, roots = min(rows * nodes, LARGEST), min(rows, LARGEST)
         least = self.curve.item(roots - 1) * (1 + self.rise * (fed - roots))
         seconds: float = max(self.curve.item(fed - 1), least)
-        return seconds + rows * context * (self.read + self.attend * nodes)
+        return seconds + self._behind(nodes, context, rows)
 
     def doubt(self, nodes: int, rows: int = 1) -> float:
         """By how much the time of a pass over so many nodes per row may be misjudged, as a share of a plain one's."""
@@ -95,13 +95,17 @@ class Costs:
         """
         if seconds <= 0 or rows * nodes > LARGEST:
             return
-        behind = rows * context * (self.read + self.attend * nodes)
+        behind = self._behind(nodes, context, rows)
         expected = self.curve.item(rows * nodes - 1) + behind
         surprise = min(max(math.log(seconds / expected), -SURPRISE), SURPRISE)
         share = behind / expected
         learn(self.curve, self.seen, rows * nodes, surprise * (1 - share))
         factor = math.exp(FRESH * surprise * share)
         self.read, self.attend = self.read * factor, self.attend * factor
+
+    def _behind(self, nodes: int, context: int, rows: int) -> float:
+        """Seconds of a pass that are attention to the context."""
+        return rows * context * (self.read + self.attend * nodes)
 
     def save(self, path: Path) -> None:
         """Write it to ``path``, and from now on ``keep`` it there. Raises OSError where that cannot be written."""

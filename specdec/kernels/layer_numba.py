@@ -36,14 +36,13 @@ def before_cache(
         rows = normed(x, norm, eps)
         for head in range((heads + groups) * t // threads, (heads + groups) * (t + 1) // threads):
             if head < heads:
-                _head(rows, wq, bq, q, head * dim, dim)
+                _project(rows, wq, bq, q, head * dim, (head + 1) * dim)
                 _turned(q, head * dim, dim, q_norm, eps, cos, sin)
             else:
-                _head(rows, wk, bk, k, (head - heads) * dim, dim)
+                _project(rows, wk, bk, k, (head - heads) * dim, (head - heads + 1) * dim)
                 _turned(k, (head - heads) * dim, dim, k_norm, eps, cos, sin)
-        first, last = len(wv) * t // threads, len(wv) * (t + 1) // threads  # these may be cut anywhere
-        outputs_of(rows, wv, v, first, last)
-        _add_bias(v, bv, first, last)
+        # Values are not turned, so that they may be cut anywhere, and all threads have as much to do.
+        _project(rows, wv, bv, v, len(wv) * t // threads, len(wv) * (t + 1) // threads)
 
 
 @njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
@@ -282,9 +281,10 @@ def _norm(x: Any, weight: Any, eps: float, y: Any) -> None:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _head(normed: Any, w: Any, bias: Any, y: Any, first: int, dim: int) -> None:
-    outputs_of(normed, w, y, first, first + dim)
-    _add_bias(y, bias, first, first + dim)
+def _project(x: Any, w: Any, bias: Any, y: Any, first: int, last: int) -> None:
+    """Columns ``first`` to ``last`` of ``y = x @ w.T``, and of the bias if there is one."""
+    outputs_of(x, w, y, first, last)
+    _add_bias(y, bias, first, last)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
