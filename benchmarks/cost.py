@@ -3,7 +3,8 @@
     python benchmarks/cost.py [--model PATH] [--quick] [--json OUT]
 
 T(N) is the time of one pass over a tree of N tokens behind a text, as specdec runs it; "plain" with the model's own
-layers, "ours" with our CPU kernels in it. They take turns, and the median counts. Products are of single weights
+layers, "ours" with our CPU kernels in it. They take turns with sums over the weights, which lie in one piece, and of
+all the median counts: where memory lies, and what disturbs a machine, touches all alike. Products are of single weights
 that no cache holds, in microseconds: torch's, oneDNN's with weights packed beforehand, and ours. The JSON's "seconds"
 (ours, behind 1024 tokens) is what ``specdec replay --cost`` reads.
 """
@@ -37,7 +38,7 @@ from specdec.model import Model
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (128, 256, 1024, 4096)
 REPLAYED = 1024  # the context of "seconds"
-READ = 512 << 20  # bytes that are read to measure bandwidth
+LINE = 16  # float32 numbers of a cache line
 COLD = 96 << 20  # bytes of weights that a product walks through, so that no cache holds them
 
 
@@ -50,16 +51,19 @@ def main() -> None:
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(demo.resolve(given.model), dtype=torch.float32).eval()
     nodes, contexts, repeats = (NODES[:5], (128, REPLAYED), 3) if given.quick else (NODES, CONTEXTS, 7)
-    read, weights = bandwidth(), weight_bytes(model)
+    flat, weights = in_one_piece(model), weight_bytes(model)
+    reads, rows = passes(model, flat, contexts, nodes, repeats)
+    read = flat.nbytes / statistics.median(reads)
     print(f"{weights / 1e6:.0f} MB of weights at {read / 1e9:.1f} GB/s: {1e3 * weights / read:.1f} ms")
     shapes = dict.fromkeys(tuple(layer.weight.shape) for layer in model.modules() if type(layer) is nn.Linear)
     report = {
         "machine": machine(model, given.model),
         "repeats": repeats,
         "bandwidth": read,
+        "best_bandwidth": flat.nbytes / min(reads),
         "weight_bytes": weights,
         "limit": weights / read,
-        "passes": [shown(row) for row in passes(model, contexts, nodes, repeats)],
+        "passes": [shown(row) for row in rows],
         "products": [shown(row) for shape in shapes for row in products(shape, nodes, repeats)],
     }
     seconds = {str(row["nodes"]): row["ours"] for row in report["passes"] if row["context"] == REPLAYED}
@@ -89,12 +93,23 @@ def summed(numbers: Any, threads: int) -> Any:
     return sums.sum()
 
 
-def bandwidth() -> float:
-    """Bytes per second that torch's threads read together: the best of 20 sums, by torch and by numba."""
-    numbers, threads = torch.ones(READ // 4), torch.get_num_threads()
+def sums(numbers: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Two ways in which torch's threads read ``numbers`` together: torch's own and numba's."""
+    threads = torch.get_num_threads()
     linear_numba.use_threads(threads)
-    sums = (numbers.sum, partial(summed, numbers.numpy(), threads))
-    return READ / min(timed(call) for _ in range(11) for call in sums)
+    return {"torch": numbers.sum, "numba": partial(summed, numbers.numpy(), threads)}
+
+
+def in_one_piece(model: Any) -> torch.Tensor:
+    """Move a model's parameters into one tensor, which they are views of from then on; each begins a cache line."""
+    parameters = list(model.parameters())
+    ends = list(itertools.accumulate(-(-each.numel() // LINE) * LINE for each in parameters))
+    flat = torch.zeros(ends[-1])
+    for each, first in zip(parameters, [0, *ends], strict=False):
+        part = flat[first : first + each.numel()].view(each.shape)
+        part.copy_(each.detach())
+        each.data = part
+    return flat
 
 
 def weight_bytes(model: Any) -> int:
@@ -105,10 +120,12 @@ def weight_bytes(model: Any) -> int:
     return read - sum(table.nbytes for table in tables if id(table) not in tied)
 
 
-def passes(model: Any, contexts: Sequence[int], nodes: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per context and tree size: seconds of a pass with the model's own layers and with ours.
+def passes(
+    model: Any, flat: torch.Tensor, contexts: Sequence[int], nodes: Sequence[int], repeats: int
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Seconds of sums over ``flat``, and for each context and tree size of a pass with the model's layers and ours.
 
-    All sizes in rounds, the first of which does not count: whatever disturbs a machine for a while touches one round.
+    All in rounds, the first of which does not count. The sums are those of the quicker way.
     """
     forms = {"plain": attach.attach(model).form}
     if reason := cpu.install(model):
@@ -117,17 +134,19 @@ def passes(model: Any, contexts: Sequence[int], nodes: Sequence[int], repeats: i
     forwards = {layer: layer.forward for layer in model.modules() if "forward" in vars(layer)}
     cpu.remove(model)
     holds = {(context, kind): held(model, form, context) for context in contexts for kind, form in forms.items()}
-    times: dict[Any, list[float]] = {(context, n, kind): [] for n in nodes for context, kind in holds}
-    for _ in range(repeats + 1):
-        for context, n, kind in times:
-            hold = holds[context, kind]
-            times[context, n, kind].append(pass_time(hold, n, forwards if kind == "ours" else {}))
-    for context, n in itertools.product(contexts, nodes):
-        yield {
-            "context": context,
-            "nodes": n,
-            **{kind: statistics.median(times[context, n, kind][1:]) for kind in forms},
-        }
+    ways, calls = sums(flat), {}
+    for n in nodes:
+        for (context, kind), hold in holds.items():
+            calls[context, n, kind] = partial(pass_time, hold, n, forwards if kind == "ours" else {})
+        calls |= {(way, n): partial(timed, call) for way, call in ways.items()}
+    rounds = [{key: call() for key, call in calls.items()} for _ in range(repeats + 1)][1:]
+    reads = min(([times[way, n] for times in rounds for n in nodes] for way in ways), key=statistics.median)
+    rows = [
+        {"context": context, "nodes": n}
+        | {kind: statistics.median(times[context, n, kind] for times in rounds) for kind in forms}
+        for context, n in itertools.product(contexts, nodes)
+    ]
+    return reads, rows
 
 
 def held(model: Any, form: Any, context: int) -> Model:

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.kernels.move_rows import move_rows, move_rows_of_all
 
 GROWTH = 256  # spare slots made whenever a buffer must grow
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)  # has no rows; before transformers 5.23 there was none such
 
 
 class Rows(NamedTuple):

@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
-from specdec.cache import SlotCache, SlotLayer
+from specdec.cache import DummyLayer, SlotCache, SlotLayer
 from specdec.retrieval_cache import RetrievalCache, RetrievalLayer
 
 ROWS = DynamicLayer, LinearAttentionAndFullAttentionLayer  # layers that hold rows of all of a text

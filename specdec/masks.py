@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -95,6 +96,11 @@ def tree_mask(
     own = (length[:, :, 0] + layout.depth)[:, :, None]
     mask &= _within(own, index[:, None, :], reach, _padding(visible, rows, slot.device))
     return mask[:, None]
+
+
+def hides(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether a mask hides any token. Transformers 5.17 makes masks that hide none; later releases go without them."""
+    return mask is not None and not bool(mask.all())
 
 
 def _padding(visible: torch.Tensor | None, rows: int, device: torch.device) -> Int[torch.Tensor, "rows 1 1"]:

@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from specdec.attention import Attention, switched
 from specdec.cache import SlotCache, SlotLayer
 from specdec.core import DraftTree, Unsupported
-from specdec.masks import Layout, Reach, additive, tree_bits, tree_mask
+from specdec.masks import Layout, Reach, additive, hides, tree_bits, tree_mask
 from specdec.offloaded_cache import slots_of
 from specdec.shared_prefix import SharedCache, copies, hooked, one_of, spread
 from specdec.short_stack import NOWHERE_HIDDEN, ShortStack
@@ -169,9 +169,9 @@ class Model:
         self.lengths = self._cache_lengths(longer)
         self.prompt_length = self.lengths[0]
         mask = model_kwargs.get("attention_mask")
-        self.visible = None if mask is None else mask[:, :-1].bool()
-        if self.visible is not None and self.visible.shape[1] != self.lengths[0]:
+        if mask is not None and mask.shape[1] - 1 != self.lengths[0]:
             raise Unsupported("the cache holds tokens that the attention mask does not show (prompt tuning?)")
+        self.visible = mask[:, :-1].bool() if hides(mask) else None
         self.takes_bits = self.form.attention == "bits" and (self.visible is None or _padded_left(self.visible))
         positions = inputs.get("position_ids")
         self.shift = None if positions is None else positions - self.lengths[0]
@@ -359,7 +359,9 @@ def _kinds(cache: Any) -> str:
 def _widened(name: str, value: Any, nodes: int) -> Any:
     """Inputs that have one entry per token are as wide as the pass."""
     per_token = name.endswith("token_type_ids") or name == "cache_position"
-    return value.expand(*value.shape[:-1], nodes) if per_token and isinstance(value, torch.Tensor) else value
+    if not per_token or not isinstance(value, torch.Tensor):
+        return value
+    return value[..., -1:].expand(*value.shape[:-1], nodes)  # some releases of transformers hand the prompt's on, too
 
 
 def _states(cache: Cache) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from specdec.cache import DummyLayer
 from specdec.limits import rotary_change
 
 CROPPED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # layers whose rows can be cut back to a prefix

@@ -20,6 +20,10 @@ from specdec.pool import SessionPool
 from tests import tiny
 from tests.tiny import Oracle, padded, prompt, quietly
 
+pytestmark = pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(),
+    reason="a CUDA build of torch makes no streams without a GPU",
+)
 OFFLOADED = {"cache_implementation": "offloaded"}  # which plain ``generate`` can do on a GPU only
 
 

@@ -111,7 +111,14 @@ def signature(kernel: Any, kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("kind", "dim", "softcap"),
-    [("bf16", 64, 0.0), ("fp16", 128, 50.0), ("bf16", 256, 0.0), ("fp32", 64, 0.0), ("fp32", 256, 0.0)],
+    [
+        ("bf16", 64, 0.0),
+        ("fp16", 128, 50.0),
+        ("bf16", 256, 0.0),
+        ("fp32", 64, 0.0),
+        ("fp32", 128, 0.0),
+        ("fp32", 256, 0.0),
+    ],
 )
 @pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
 def test_machine_code(name: str, kind: str, dim: int, softcap: float, target: str, record_property: Any) -> None:

@@ -16,7 +16,8 @@ def costs(directory: Path) -> str:
 def cost_section(report: Report) -> str:
     """One report: the machine's limit, T(N) by context, and single products by shape."""
     limit = (
-        f"{machine(report['machine'])}. It reads {report['bandwidth'] / 1e9:.1f} GB/s, so that the "
+        f"{machine(report['machine'])}. It reads {report['bandwidth'] / 1e9:.1f} GB/s (at best "
+        f"{report['best_bandwidth'] / 1e9:.1f}), so that the "
         f"{report['weight_bytes'] / 1e6:.0f} MB of weights take {1e3 * report['limit']:.1f} ms, the limit. "
         f"Milliseconds of a pass / the limit as a share of it / T(N) over T(1) (medians of {report['repeats']}):"
     )

@@ -19,6 +19,7 @@ from specdec.attach import Attachment
 from specdec.cache import Rows, SlotCache
 from specdec.core import Choice, Context, Drafter, DraftTree, Unsupported, Verdict
 from specdec.limits import room, rotary_change, temperature_change
+from specdec.masks import hides
 from specdec.model import Model, Pass
 from specdec.pool.batch import Batch
 from specdec.pool.kept import fill
@@ -168,6 +169,7 @@ class Row:
             if part < left:
                 places = kwargs.get("position_ids")
                 part_of = {} if places is None else {"position_ids": places[..., start : self.read]}
+                part_of["attention_mask"] = None  # it hides nothing, and is as long as the whole prompt
                 piece = ids[:, start : self.read]
                 self.target.module._prefill(piece, self.prepared.config, {**kwargs, **part_of})
                 return part
@@ -180,7 +182,7 @@ class Row:
     def _divisible(self) -> bool:
         kwargs = self.prepared.model_kwargs
         text = {name for name, value in kwargs.items() if value is not None} <= USUAL
-        return text and kwargs.get("attention_mask") is None and type(kwargs.get("past_key_values")) is DynamicCache
+        return text and not hides(kwargs.get("attention_mask")) and type(kwargs.get("past_key_values")) is DynamicCache
 
     def _common(self) -> bool:
         """Whether any text that begins alike has the same rows."""
