@@ -38,6 +38,7 @@ from specdec.model import Model
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (128, 256, 1024, 4096)
 REPLAYED = 1024  # the context of "seconds"
+QUICK, OFTEN = 16, 5  # in each round passes over so few nodes follow each other so often, as in a generation
 LINE = 16  # float32 numbers of a cache line
 COLD = 96 << 20  # bytes of weights that a product walks through, so that no cache holds them
 
@@ -139,11 +140,14 @@ def passes(
         for (context, kind), hold in holds.items():
             calls[context, n, kind] = partial(pass_time, hold, n, forwards if kind == "ours" else {})
         calls |= {(way, n): partial(timed, call) for way, call in ways.items()}
-    rounds = [{key: call() for key, call in calls.items()} for _ in range(repeats + 1)][1:]
-    reads = min(([times[way, n] for times in rounds for n in nodes] for way in ways), key=statistics.median)
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for counts in [False] + repeats * [True]:
+        for key, call in calls.items():
+            taken = [call() for _ in range(OFTEN if key[1] <= QUICK else 1)]
+            times[key] += taken if counts else []
+    reads = min(([seconds for n in nodes for seconds in times[way, n]] for way in ways), key=statistics.median)
     rows = [
-        {"context": context, "nodes": n}
-        | {kind: statistics.median(times[context, n, kind] for times in rounds) for kind in forms}
+        {"context": context, "nodes": n} | {kind: statistics.median(times[context, n, kind]) for kind in forms}
         for context, n in itertools.product(contexts, nodes)
     ]
     return reads, rows

@@ -19,7 +19,7 @@ def cost_section(report: Report) -> str:
         f"{machine(report['machine'])}. It reads {report['bandwidth'] / 1e9:.1f} GB/s (at best "
         f"{report['best_bandwidth'] / 1e9:.1f}), so that the "
         f"{report['weight_bytes'] / 1e6:.0f} MB of weights take {1e3 * report['limit']:.1f} ms, the limit. "
-        f"Milliseconds of a pass / the limit as a share of it / T(N) over T(1) (medians of {report['repeats']}):"
+        f"Milliseconds of a pass / the limit as a share of it / T(N) over T(1) (medians of {report['repeats']} rounds):"
     )
     single = "Microseconds of one product, torch's / oneDNN's prepacked / ours, by shape of the weight and rows:"
     parts = [limit, _pass_table(report), _goals(report), single, _product_table(report["products"])]
