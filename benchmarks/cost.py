@@ -26,6 +26,7 @@ import torch
 from numba import njit, prange
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import AutoModelForCausalLM
 
 from specdec import attach, cpu, demo
@@ -39,7 +40,6 @@ NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (128, 256, 1024, 4096)
 REPLAYED = 1024  # the context of "seconds"
 QUICK, OFTEN = 16, 5  # in each round passes over so few nodes follow each other so often, as in a generation
-LINE = 16  # float32 numbers of a cache line
 COLD = 96 << 20  # bytes of weights that a product walks through, so that no cache holds them
 
 
@@ -102,14 +102,9 @@ def sums(numbers: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def in_one_piece(model: Any) -> torch.Tensor:
-    """Move a model's parameters into one tensor, which they are views of from then on; each begins a cache line."""
-    parameters = list(model.parameters())
-    ends = list(itertools.accumulate(-(-each.numel() // LINE) * LINE for each in parameters))
-    flat = torch.zeros(ends[-1])
-    for each, first in zip(parameters, [0, *ends], strict=False):
-        part = flat[first : first + each.numel()].view(each.shape)
-        part.copy_(each.detach())
-        each.data = part
+    """Move a model's parameters into one tensor, which they are views of from then on."""
+    flat = parameters_to_vector(model.parameters()).detach()
+    vector_to_parameters(flat, model.parameters())
     return flat
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from specdec.cache import DummyLayer
 from specdec.limits import rotary_change
+from specdec.masks import hides
 
 CROPPED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # layers whose rows can be cut back to a prefix
 ALONE = ("num_beams", "num_return_sequences", "num_beam_groups")  # of which there must be one
@@ -120,7 +121,7 @@ def why_not_now(model: Any, ids: Int[torch.Tensor, "rows prompt"], arguments: di
     if other := next((name for name in OTHERS if _asked(model, arguments, name)), None):
         return f"{other}= asks for another way of decoding"
     mask = arguments.get("attention_mask")
-    if not bool(mask.all()) if mask is not None else _looks_padded(model, ids, arguments):
+    if hides(mask) if mask is not None else _looks_padded(model, ids, arguments):
         return "some of the prompt is hidden"
     inputs = (name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != "attention_mask")
     more = next((name for name in (*inputs, "adapter_names") if arguments.get(name) is not None), None)
