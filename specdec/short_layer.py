@@ -149,11 +149,12 @@ class ShortLayer:
         self, hidden: torch.Tensor, mask: torch.Tensor | None, turns: tuple[torch.Tensor, torch.Tensor], cache: Any
     ) -> torch.Tensor:
         from specdec.kernels import layer_numba  # compiles or loads: on first use
+        from specdec.kernels.linear_numba import room
 
         batch, nodes, width = hidden.shape
         x = hidden.reshape(batch * nodes, width).contiguous().numpy()
         cos, sin, seen, threads = self.shared.read(turns, mask, batch, nodes)
-        q, k, v = (np.empty((len(x), len(w)), np.float32) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (room(len(x), len(w)) for w in (self.wq, self.wk, self.wv))
         layer_numba.before_cache(
             x, self.norm, self.eps, self.wq, self.wk, self.wv, self.bq, self.bk, self.bv, self.q_norm, self.k_norm,
             cos, sin, q, k, v, self.dim, threads,
@@ -173,7 +174,7 @@ class ShortLayer:
                 self.scale, *rest,
             )  # fmt: skip
         else:  # a beginning that all rows have in common
-            read, (first_keys, first_values) = np.empty_like(q), shared
+            read, (first_keys, first_values) = room(*q.shape), shared
             layer_numba.shared_attention(
                 q, _flat(first_keys), first_keys.stride()[:3], _flat(first_values), first_values.stride()[:3],
                 first_keys.shape[2], _flat(keys), keys.stride()[:3], _flat(values), values.stride()[:3],

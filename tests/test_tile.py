@@ -8,17 +8,17 @@ from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
 from specdec.kernels.layer_numba import exp
-from specdec.kernels.linear_numba import LONGEST, product
-from specdec.kernels.tile_numba import LANES, MIXES, SIZES, mix, tile
+from specdec.kernels.linear_numba import LONGEST, product, room
+from specdec.kernels.tile_numba import LANES, LINE, MIXES, SIZES, mix, tile
 
 LENGTHS = (0, 1, LANES - 1, LANES, LANES + 1, 63, 64, 65)
 
 
 @njit
-def _tile(outputs, rows, lines, w, x, y, inputs, more=0):
+def _tile(outputs, rows, lines, w, x, y, inputs, more=0, tiles=1):
     at = w.ctypes.data, x.ctypes.data, y.ctypes.data
     strides = w.shape[1], x.shape[1], y.shape[1]
-    tile(outputs, rows, lines, at[0], strides[0], at[1], strides[1], at[2], strides[2], inputs, more, at[0])
+    tile(outputs, rows, lines, at[0], strides[0], at[1], strides[1], at[2], strides[2], inputs, more, at[0], tiles)
 
 
 @njit
@@ -70,13 +70,15 @@ def test_a_tile_of_every_size(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_tile_adds_to_what_is_there(length: int) -> None:
+@pytest.mark.parametrize("more", [0, 1])
+def test_tiles_of_further_outputs_which_add_to_what_is_there(length: int, more: int) -> None:
     for outputs, rows, lines in SIZES:
-        w, x, before = _random(6, length), _random(7, length), _random(rows, outputs)
-        y = np.full((8, 9), np.nan, np.float32)
-        y[:rows, :outputs] = before
-        _tile(outputs, rows, lines, w, x, y, length, 1)
-        _is_only(y, before + x[:rows] @ w[:outputs].T)
+        for tiles in (0, 1, 3):
+            w, x, before = _random(14, length), _random(7, length), _random(rows, tiles * outputs)
+            y = np.full((8, 14), np.nan, np.float32)
+            y[:rows, : tiles * outputs] = before
+            _tile(outputs, rows, lines, w, x, y, length, more, tiles)
+            _is_only(y, more * before + x[:rows] @ w[: tiles * outputs].T)
 
 
 @pytest.mark.skipif(not get_host_cpu_features().get("fma"), reason="this machine has no fused multiply-add")
@@ -112,6 +114,15 @@ def test_a_product_of_any_rows(rows: int) -> None:
         y = np.full((rows + 2, outputs + 3), np.nan, np.float32)
         _product(w, _within(x, rows, inputs), y, rows, inputs, outputs)
         _is_only(y, x[:rows, :inputs] @ w[:outputs, :inputs].T)
+
+
+def test_room_begins_where_a_line_of_memory_does() -> None:
+    held = [room(rows, columns) for columns in range(40) for rows in (0, 1, 3)]
+    assert all(matrix.ctypes.data % LINE == 0 for matrix in held)
+    for i, matrix in enumerate(held):
+        matrix[:] = i
+    assert all((matrix == i).all() and matrix.dtype == np.float32 for i, matrix in enumerate(held))
+    assert [matrix.shape for matrix in held] == [(rows, columns) for columns in range(40) for rows in (0, 1, 3)]
 
 
 def test_exp_is_within_two_units_in_the_last_place() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from specdec.kernels.linear_numba import outputs_of, product
+from specdec.kernels.linear_numba import outputs_of, product, room
 from specdec.kernels.tile_numba import LANES, ROWS, mix, turn
 
 FEWEST = 64  # slots of a part
@@ -62,7 +62,7 @@ def after_cache(
     heads, nodes = q.shape[1] // dim, len(x) // batch
     plain = _plain_columns(mask, slots)
     parts = _parts(batch * groups, slots, threads)
-    seen = np.empty((parts, len(x), heads * dim), np.float32)
+    seen = room(parts * len(x), heads * dim).reshape(parts, len(x), heads * dim)
     logs = np.empty((parts, len(x), heads), np.float32)
     for task in prange(batch * groups * parts):
         b, group, part = task // (groups * parts), task // parts % groups, task % parts
@@ -97,15 +97,15 @@ def _attend(
     queries pass by, as FlashAttention does (arXiv 2205.14135). Logs of sums of weights go to ``logs`` [rows, heads].
     """
     rows = nodes * heads
-    queries, read = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
+    queries, read = room(rows, dim), room(rows, dim)
     for n in range(nodes):
         for h in range(heads):
             queries[n * heads + h] = q[b * nodes + n, (head + h) * dim : (head + h + 1) * dim]
     block = min(BLOCK, last - first) if rows > ROWS else last - first
-    room, sums = np.empty(rows * block, np.float32), np.empty(rows, np.float32)
+    scratch, sums = np.empty(rows * block, np.float32), np.empty(rows, np.float32)
     for start in range(first, last, block):
         past, slots = 4 * (start - first), min(block, last - start)
-        scores = room[: rows * slots].reshape(rows, slots)
+        scores = scratch[: rows * slots].reshape(rows, slots)
         _scored(queries, keys + past * key_stride, key_stride, scores)
         for row in range(rows):
             sums[row] = _softmax(scores[row], mask, b, row // heads, start, plain, scale)
@@ -137,7 +137,7 @@ def _scored(queries: Any, keys: int, stride: int, scores: Any) -> None:
     (rows, dim), slots, done = queries.shape, scores.shape[1], 0
     q, s = queries.ctypes.data, scores.ctypes.data
     if rows >= TURNED:
-        turned = np.empty((dim, 4 * LANES), np.float32)
+        turned = room(dim, 4 * LANES)
         while done + 4 * LANES <= slots:
             for slot in range(0, 4 * LANES, LANES):
                 for d in range(0, dim, LANES):
@@ -227,11 +227,7 @@ def after_attention(
     y: Any, threads: int,
 ) -> None:  # fmt: skip
     """The rest of the layer from what its heads have ``seen`` [rows, heads * dim]."""
-    middle, gate, up = (
-        np.empty_like(x),
-        np.empty((len(x), len(wg)), np.float32),
-        np.empty((len(x), len(wu)), np.float32),
-    )
+    middle, gate, up = np.empty_like(x), room(len(x), len(wg)), room(len(x), len(wu))
     for t in prange(threads):
         first, last = len(wo) * t // threads, len(wo) * (t + 1) // threads
         outputs_of(seen, wo, middle, first, last)
@@ -251,7 +247,7 @@ def after_attention(
 @njit(cache=True, nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def normed(x: Any, weight: Any, eps: float) -> Any:
     """RMSNorm of each row."""
-    y = np.empty_like(x)
+    y = room(*x.shape)
     for n in range(len(x)):
         _norm(x[n], weight, eps, y[n])
     return y

@@ -1,9 +1,10 @@
 """A matrix product for few rows on the CPU: every weight is read from memory once, whatever the number of rows.
 
 For one row a product is nothing but reading the weights; general libraries turn to a blocked algorithm at two rows,
-which costs as much for two as for sixteen. Here each thread walks down its own outputs' weights in order, a few
-outputs at a time: these stay in the nearest cache while all rows pass by in tiles, and meanwhile the next ones are
-fetched. So the time is the longer of reading and multiplying, not their sum.
+which costs as much for two as for sixteen. Here each thread walks down its own outputs' weights in order. While a row
+or a few, which stay in the nearest cache, are multiplied by one output's weights, the next are fetched. For more rows a
+few outputs' weights are what stays there while all rows pass by in tiles. So the time is the longer of reading and
+multiplying, not their sum.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
 
-from specdec.kernels.tile_numba import LANES, OUTPUTS, ROWS, tile
+from specdec.kernels.tile_numba import LANES, LINE, OUTPUTS, ROWS, tile
 
 if config.THREADING_LAYER == "default":
     config.THREADING_LAYER = "threadsafe"  # numba's own would abort the process where two threads call at once
 
+NEAR, FAR = 2048, 7168  # bytes by which weights are fetched ahead for two rows or fewer, and for more
+SHORTEST = 256  # inputs for which single outputs pay: of fewer, putting lanes together takes as long as multiplying
+NEAREST = 6144  # numbers of x that stay in the nearest cache while weights pass by
 LONGEST = 1024  # inputs at a time: of more, a few outputs' weights do not stay in the nearest cache for all tiles
 
 
@@ -27,12 +31,29 @@ def product(
     w: int, w_stride: int, x: int, x_stride: int, y: int, y_stride: int, rows: int, inputs: int, outputs: int
 ) -> None:
     """``y = x @ w.T`` in this thread, of matrices given by address and stride in float32 numbers."""
+    if rows <= ROWS:
+        single = rows == 1 or (inputs >= SHORTEST and rows * inputs <= NEAREST)
+        some = 1 if single else OUTPUTS
+        far = 4 * OUTPUTS * w_stride if not single else NEAR if rows <= 2 else FAR
+        groups = outputs // some
+        tile(some, rows, some, w, w_stride, x, x_stride, y, y_stride, inputs, 0, w + far, groups)
+        w, y, rest = w + 4 * w_stride * some * groups, y + 4 * some * groups, outputs - some * groups
+        tile(1, rows, 1, w, w_stride, x, x_stride, y, y_stride, inputs, 0, w + far, rest)
+    else:
+        _tiled(w, w_stride, x, x_stride, y, y_stride, rows, inputs, outputs)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _tiled(
+    w: int, w_stride: int, x: int, x_stride: int, y: int, y_stride: int, rows: int, inputs: int, outputs: int
+) -> None:
+    """``product`` for more rows than a tile has."""
     tiles = (rows + ROWS - 1) // ROWS
-    lines = 4 if tiles <= 2 else 2  # more turns, fewer lines in each: all that the next outputs need is fetched
-    cuts = 1 if tiles == 1 else (inputs + LONGEST - 1) // LONGEST
+    lines = 4 if tiles == 2 else 2  # more turns, fewer lines in each: all that the next outputs need is fetched
+    cuts = (inputs + LONGEST - 1) // LONGEST
     o = 0
     while o < outputs:
-        some = OUTPUTS if rows > 1 and o + OUTPUTS <= outputs else 1
+        some = OUTPUTS if o + OUTPUTS <= outputs else 1
         ahead, begin = w + 4 * w_stride * (o + OUTPUTS), 0
         for cut in range(cuts):
             end = inputs if cut == cuts - 1 else inputs * (cut + 1) // cuts // LANES * LANES
@@ -53,11 +74,20 @@ def product(
                     end - begin,
                     cut > 0,
                     ahead,
+                    1,
                 )
                 ahead += 4 * lines * (end - begin)
                 n += height
             begin = end
         o += some
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def room(rows: int, columns: int) -> Any:
+    """An empty float32 matrix that begins where a line of memory does, as torch's: what lies in two takes two loads."""
+    numbers = np.empty(rows * columns + LINE // 4, np.float32)
+    first = -(numbers.ctypes.data // 4) % (LINE // 4)
+    return numbers[first : first + rows * columns].reshape(rows, columns)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

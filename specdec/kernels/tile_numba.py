@@ -46,17 +46,19 @@ def tile(
     inputs: Any,
     more: Any,
     ahead: Any,
+    tiles: Any,
 ) -> Any:
-    """``y[r, o] = sum over i of w[o, i] * x[r, i]`` for the outputs and rows of one tile; a size that is not among
-    ``SIZES`` does nothing.
+    """``y[r, o] = sum over i of w[o, i] * x[r, i]`` for the outputs and rows of one tile, and of as many ``tiles`` of
+    further outputs; a size that is not among ``SIZES`` does nothing.
 
     Args:
         w, x, y: addresses of the first numbers, float32; strides are counted in numbers.
         inputs: length of the sums, any.
         more: 1 where what ``y`` holds is added to the sums, 0 where it is not.
-        lines: as many lines of memory are fetched for each that is read of one output, from the address ``ahead`` on.
+        lines: as many lines of memory are fetched for each that is read of one output, from the address ``ahead`` on,
+            which moves on from tile to tile as ``w`` does.
     """
-    signature = types.void(*[types.int64] * 12)
+    signature = types.void(*[types.int64] * 13)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Sequence[Any]) -> Any:
         _choose(builder, arguments, [(size, _tile(builder.module, *size)) for size in SIZES])
@@ -173,36 +175,44 @@ def _turn(module: ir.Module) -> ir.Function:
 
 
 def _tile(module: ir.Module, outputs: int, rows: int, lines: int) -> ir.Function:
-    """The tile of one size, as a function of addresses, strides, the sums' length and where to fetch from."""
+    """Tiles of one size, as a function of addresses, strides, the sums' length, where to fetch from, and how many."""
     name = f"specdec_tile_{outputs}_{rows}_{lines}"
-    b, (w, w_stride, x, x_stride, y, y_stride, inputs, more, ahead) = _begun(module, name, 9)
-    ws = [_at(b, w, b.mul(w_stride, _INT(o))) for o in range(outputs)]
+    b, (w, w_stride, x, x_stride, y, y_stride, inputs, more, ahead, tiles) = _begun(module, name, 10)
     xs = [_at(b, x, b.mul(x_stride, _INT(r))) for r in range(rows)]
+    whole = b.and_(inputs, _INT(-LANES))
 
-    def add(at: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        kind = sums[0].type
-        factors = [_load(b, x, at, kind) for x in xs]
-        weights = [_load(b, w, at, kind) for w in ws]
-        if kind is _VECTOR:
-            _fetch(b, b.add(ahead, b.mul(at, _INT(4 * lines))), 4 * LANES * lines)
-        return [_plus(b, sums.pop(0), weight, factor) for factor in factors for weight in weights]
+    def one(number: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        first = b.mul(number, _INT(outputs))
+        ws = [_at(b, w, b.mul(w_stride, b.add(first, _INT(o)))) for o in range(outputs)]
+        ys = [_at(b, y, b.add(b.mul(y_stride, _INT(r)), first)) for r in range(rows)]
+        fetched = b.add(ahead, b.mul(w_stride, b.mul(first, _INT(4))))
 
-    sums, at = _loop(b, _INT(0), b.and_(inputs, _INT(-LANES)), LANES, [_ZERO] * (outputs * rows), add)
-    totals = _reduced(b, sums)
-    ys = [_at(b, y, b.mul(y_stride, _INT(r))) for r in range(rows)]
-    for r, to in enumerate(ys):
-        first = r * outputs % LANES
-        lanes = ir.Constant(ir.VectorType(_LANE, outputs), list(range(first, first + outputs)))
-        total = totals[r * outputs // LANES]
-        total = b.shuffle_vector(total, total, lanes)
-        before = b.select(
-            b.trunc(more, _BIT), _load(b, to, _INT(0), total.type), ir.Constant(total.type, [0.0] * outputs)
-        )
-        _store(b, b.fadd(total, before), to)
-    with b.if_then(b.icmp_signed("<", at, inputs), likely=False):
-        ones = [_load(b, ys[i // outputs], _INT(i % outputs), _FLOAT) for i in range(outputs * rows)]
-        for i, total in enumerate(_loop(b, at, inputs, 1, ones, add)[0]):
-            b.store(total, b.gep(ys[i // outputs], [_INT(i % outputs)]))
+        def add(at: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            kind = sums[0].type
+            factors = [_load(b, x, at, kind) for x in xs]
+            weights = [_load(b, w, at, kind) for w in ws]
+            if kind is _VECTOR:
+                _fetch(b, b.add(fetched, b.mul(at, _INT(4 * lines))), 4 * LANES * lines)
+            return [_plus(b, sums.pop(0), weight, factor) for factor in factors for weight in weights]
+
+        sums, at = _loop(b, _INT(0), whole, LANES, [_ZERO] * (outputs * rows), add)
+        totals = _reduced(b, sums)
+        for r, to in enumerate(ys):
+            start = r * outputs % LANES
+            lanes = ir.Constant(ir.VectorType(_LANE, outputs), list(range(start, start + outputs)))
+            total = totals[r * outputs // LANES]
+            total = b.shuffle_vector(total, total, lanes)
+            before = b.select(
+                b.trunc(more, _BIT), _load(b, to, _INT(0), total.type), ir.Constant(total.type, [0.0] * outputs)
+            )
+            _store(b, b.fadd(total, before), to)
+        with b.if_then(b.icmp_signed("<", at, inputs), likely=False):
+            ones = [_load(b, ys[i // outputs], _INT(i % outputs), _FLOAT) for i in range(outputs * rows)]
+            for i, total in enumerate(_loop(b, at, inputs, 1, ones, add)[0]):
+                b.store(total, b.gep(ys[i // outputs], [_INT(i % outputs)]))
+        return []
+
+    _loop(b, _INT(0), tiles, 1, [], one)
     b.ret_void()
     return b.function
 
@@ -228,10 +238,10 @@ def _loop(
     at, sums = b.phi(_INT), [b.phi(value.type) for value in start]
     b.cbranch(b.icmp_signed("<", at, end), body, after)
     b.position_at_end(body)
-    added = add(at, list(sums))
-    for phi, first, later in zip([at, *sums], [begin, *start], [b.add(at, _INT(step)), *added], strict=True):
+    added = [b.add(at, _INT(step)), *add(at, list(sums))]
+    for phi, first, later in zip([at, *sums], [begin, *start], added, strict=True):
         phi.add_incoming(first, before)
-        phi.add_incoming(later, body)
+        phi.add_incoming(later, b.block)
     b.branch(head)
     b.position_at_end(after)
     return sums, at
