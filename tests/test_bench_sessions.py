@@ -33,6 +33,18 @@ def test_sessions(tmp_path: Path) -> None:
     assert "| agent | eager | cold | warm |" in text
     assert "| clerk | 2.0 s | tokens differ / 1.00 / 50% | 3.25x / 4.00 / 50% |" in text
     assert "recorded" not in text
+    assert "kernels only" not in text
+
+
+def test_warm_sessions_over_kernels_only(tmp_path: Path) -> None:
+    """Where texts differ, neither time is worth anything."""
+    runs = [
+        RUN | {"agent": agent, "method": method, "seconds": seconds, "reused": 0.0, "equal": (agent, method) != differs}
+        for agent, warm in (("clerk", 0.5), ("editor", 1.0), ("all", 1.5))
+        for method, seconds in (("eager", 4.0), ("kernels only", 2.0), ("warm", warm))
+        for differs in [("editor", "kernels only")]
+    ]
+    assert "\n\nWarm over kernels only: clerk 4.00x, all 1.33x." in agents.sessions(write(tmp_path, sessions=runs))
 
 
 def test_recorded_conversations_are_named_below_the_table(tmp_path: Path) -> None:

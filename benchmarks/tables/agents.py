@@ -22,8 +22,17 @@ def _sessions_section(report: Report) -> str:
     eager = {r["agent"]: f"{r['seconds']:.1f} s" for r in report["sessions"] if r["method"] == "eager"}
     names = list(dict.fromkeys(method for _, method in cells))
     rows = [[agent, seconds, *(cells[agent, name] for name in names)] for agent, seconds in eager.items()]
-    said = [_conversation(each) for each in report.get("recorded", [])]
+    over = [f"{agent} {ratio:.2f}x" for agent, ratio in _warm_over_kernels(report["sessions"]).items()]
+    said = [f"Warm over kernels only: {', '.join(over)}."] if over else []
+    said += [_conversation(each) for each in report.get("recorded", [])]
     return "\n\n".join([head, table(["agent", "eager", *names], rows), *said])
+
+
+def _warm_over_kernels(runs: list[Report]) -> dict[str, float]:
+    """By agent, how much faster warm sessions are than kernels alone; where both ran and texts are equal."""
+    seconds = {(r["agent"], r["method"]): r["seconds"] for r in runs if r["equal"]}
+    agents = [agent for agent, method in seconds if method == "warm" and (agent, "kernels only") in seconds]
+    return {agent: seconds[agent, "kernels only"] / seconds[agent, "warm"] for agent in agents}
 
 
 def _conversation(r: Report) -> str:
