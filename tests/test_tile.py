@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+
 import numpy as np
 import pytest
-from llvmlite.binding import get_host_cpu_features
+from llvmlite import binding, ir
 from numba import njit
 
+from specdec.kernels import tile_numba
 from specdec.kernels.layer_numba import exp
 from specdec.kernels.linear_numba import LONGEST, product, room
 from specdec.kernels.tile_numba import LANES, LINE, MIXES, SIZES, mix, tile
@@ -81,7 +85,7 @@ def test_tiles_of_further_outputs_which_add_to_what_is_there(length: int, more: 
             _is_only(y, more * before + x[:rows] @ w[: tiles * outputs].T)
 
 
-@pytest.mark.skipif(not get_host_cpu_features().get("fma"), reason="this machine has no fused multiply-add")
+@pytest.mark.skipif(not binding.get_host_cpu_features().get("fma"), reason="this machine has no fused multiply-add")
 def test_a_tile_multiplies_and_adds_in_one_rounding() -> None:
     root = 1 + 2.0**-12  # its square is 1 + 2^-11 + 2^-24, of which a rounded product keeps no 2^-24
     for outputs, rows, lines in SIZES:
@@ -114,6 +118,31 @@ def test_a_product_of_any_rows(rows: int) -> None:
         y = np.full((rows + 2, outputs + 3), np.nan, np.float32)
         _product(w, _within(x, rows, inputs), y, rows, inputs, outputs)
         _is_only(y, x[:rows, :inputs] @ w[:outputs, :inputs].T)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features"), [("znver4", {"avx512f": True}), ("znver3", {"avx2": True}), ("haswell", {"avx2": True})]
+)
+def test_sums_stay_in_registers(cpu: str, features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for processors that this may not be one of: no tile keeps a vector on the stack."""
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
+    spec = importlib.util.spec_from_file_location("tile_of_another_processor", tile_numba.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=cpu, opt=3)
+    made = {}
+    for build, sizes in ((other._tile, other.SIZES), (other._mix, other.MIXES)):
+        for size in sizes:
+            module = ir.Module()
+            build(module, *size).linkage = "external"
+            module.triple = target.triple
+            made[build.__name__, size] = target.emit_assembly(binding.parse_assembly(str(module)))
+    assert all("vfmadd" in code for code in made.values())
+    assert [each for each, code in made.items() if re.search(r"[xyz]mm\d+, -?\d*\(%rsp\)", code)] == []
 
 
 def test_room_begins_where_a_line_of_memory_does() -> None:
