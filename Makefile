@@ -49,10 +49,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/figures.py
 	$(if $(DRAFT),$(MAKE) bench-drafts)
 
-# What a pass costs beside what reading the weights would take; for a machine that does nothing else meanwhile.
+# What a pass costs beside what reading the weights would take; for a machine that does nothing else meanwhile; about
+# ten minutes.
 bench-cost: $(READY)
 	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/cost.py --json benchmarks/results/cost.json
+	$(BIN)/python benchmarks/cost.py --processes 9 --json benchmarks/results/cost.json
 	$(BIN)/python benchmarks/figures.py
 
 # The default against the best fixed drafter and size for each kind of work; about half an hour.

@@ -1,12 +1,13 @@
 """What a pass of a model costs on this CPU, beside what reading its weights alone would take: ``make bench-cost``.
 
-    python benchmarks/cost.py [--model PATH] [--quick] [--json OUT]
+    python benchmarks/cost.py [--model PATH] [--quick] [--processes N] [--json OUT]
 
 T(N) is the time of one pass over a tree of N tokens behind a text, as specdec runs it; "plain" with the model's own
 layers, "ours" with our CPU kernels in it. They take turns with sums over the weights, which lie in one piece, and of
 all the median counts: where memory lies, and what disturbs a machine, touches all alike. Products are of single weights
 that no cache holds, in microseconds: torch's, oneDNN's with weights packed beforehand, and ours. The JSON's "seconds"
-(ours, behind 1024 tokens) is what ``specdec replay --cost`` reads.
+(ours, behind 1024 tokens) is what ``specdec replay --cost`` reads. Processes differ more than rounds do, in how quickly
+they read above all: with ``--processes`` what goals are for is measured in so many of their own first.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,7 @@ from specdec.model import Model
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (128, 256, 1024, 4096)
 REPLAYED = 1024  # the context of "seconds"
+GOALS = (1, 4, 8, 16), (256,)  # nodes and context that goals are for
 QUICK, OFTEN = 16, 5  # in each round passes over so few nodes follow each other so often, as in a generation
 COLD = 96 << 20  # bytes of weights that a product walks through, so that no cache holds them
 
@@ -48,28 +53,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="a directory or hub id")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, each timed three times")
+    parser.add_argument("--processes", type=int, default=0, help="in how many of their own to measure goals first")
+    parser.add_argument("--goals", action="store_true", help="passes that goals are for alone, and in this process")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(demo.resolve(given.model), dtype=torch.float32).eval()
-    nodes, contexts, repeats = (NODES[:5], (128, REPLAYED), 3) if given.quick else (NODES, CONTEXTS, 7)
+    others = [in_a_process(given.model) for _ in range(given.processes)]
+    report = measured(given.model, given.quick, given.goals) | {"processes": others}
+    if given.json:
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    """What goals are for, measured by another process."""
+    with TemporaryDirectory() as folder:
+        written = Path(folder) / "goals.json"
+        command = [sys.executable, __file__, "--goals", "--model", name, "--json", str(written)]
+        subprocess.run(command, check=True)
+        report = json.loads(written.read_text())
+    return {key: report[key] for key in ("bandwidth", "limit", "passes")}
+
+
+def measured(name: str, quick: bool, goals: bool) -> dict[str, Any]:
+    """All figures of a model, or of fewer sizes, or of passes that goals are for alone."""
+    model = AutoModelForCausalLM.from_pretrained(demo.resolve(name), dtype=torch.float32).eval()
+    repeats = 3 if quick else 7
+    nodes, contexts = GOALS if goals else (NODES[:5], (128, REPLAYED)) if quick else (NODES, CONTEXTS)
     flat, weights = in_one_piece(model), weight_bytes(model)
     reads, rows = passes(model, flat, contexts, nodes, repeats)
     read = flat.nbytes / statistics.median(reads)
     print(f"{weights / 1e6:.0f} MB of weights at {read / 1e9:.1f} GB/s: {1e3 * weights / read:.1f} ms")
     shapes = dict.fromkeys(tuple(layer.weight.shape) for layer in model.modules() if type(layer) is nn.Linear)
-    report = {
-        "machine": machine(model, given.model),
+    return {
+        "seconds": {str(row["nodes"]): row["ours"] for row in rows if row["context"] == REPLAYED},
+        "machine": machine(model, name),
         "repeats": repeats,
         "bandwidth": read,
         "best_bandwidth": flat.nbytes / min(reads),
         "weight_bytes": weights,
         "limit": weights / read,
         "passes": [shown(row) for row in rows],
-        "products": [shown(row) for shape in shapes for row in products(shape, nodes, repeats)],
+        "products": [] if goals else [shown(row) for shape in shapes for row in products(shape, nodes, repeats)],
     }
-    seconds = {str(row["nodes"]): row["ours"] for row in report["passes"] if row["context"] == REPLAYED}
-    if given.json:
-        given.json.write_text(json.dumps({"seconds": seconds, **report}, indent=1) + "\n")
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "benchmarks" / "results" / "gpu"
-TESTS = ("test_kernels_*.py", "test_topk.py", "test_tree_attention*.py", "test_graph*.py")
+TESTS = (
+    "test_kernels_*.py",
+    "test_topk.py",
+    "test_tree_attention*.py",
+    "test_shared_prefix_triton.py",
+    "test_graph*.py",
+)
 VOCAB, NODES, K = 128_256, 64, 8
 SIZES = (0, 1, 3, 7, 15, 31, 63)  # guessed nodes, which fill recorded passes with their roots
 TOKENS = 128

@@ -102,9 +102,8 @@ def test_what_a_pass_costs(model, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "model")
     for name, value in {"NODES": (1, 4, 8, 16), "CONTEXTS": (256, 1024), "COLD": 1 << 12}.items():
         monkeypatch.setattr(cost, name, value)
-    monkeypatch.setattr(
-        sys, "argv", ["cost", "--model", str(tmp_path / "model"), "--json", str(tmp_path / "cost.json")]
-    )
+    given = ["--model", str(tmp_path / "model"), "--json", str(tmp_path / "cost.json"), "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", ["cost", *given])
     cost.main()
     seconds = read_cost(tmp_path / "cost.json", 16)
     written = json.loads((tmp_path / "cost.json").read_text())
@@ -119,8 +118,29 @@ def test_what_a_pass_costs(model, tmp_path, monkeypatch, capsys):
     text = figures.costs.costs(tmp_path)
     one, four = (pick[256, n]["ours"] for n in (1, 4))
     assert f"{1e3 * four:.1f} / {written['limit'] / four:.0%} / {four / one:.2f}" in text
-    assert f"| ours | {one / written['limit']:.2f} | {four / one:.2f} |" in text
+    assert f"{1e3 * one:.2f} | {one / written['limit']:.2f} | {four / one:.2f} |" in text
+    (other,) = written["processes"]
+    assert [(r["context"], r["nodes"]) for r in other["passes"]] == [(256, n) for n in (1, 4, 8, 16)]
+    assert other["limit"] == written["weight_bytes"] / other["bandwidth"]
     assert "context 1024 nodes 16 plain " in capsys.readouterr().out
+
+
+def test_what_processes_found_stands_beside_what_was_aimed_at():
+    """The slowest reader first, and the median of all."""
+
+    def found(read, *milliseconds):
+        rows = [{"context": 256, "nodes": n, "ours": t / 1e3} for n, t in zip((1, 4, 8, 16), milliseconds, strict=True)]
+        return {"bandwidth": 1e9 * read, "limit": 0.5 / read, "passes": rows}
+
+    report = found(25, 30, 36, 39, 60) | {"processes": [found(50, 15, 15, 30, 30), found(20, 30, 33, 36, 45)]}
+    lines = figures.costs.goals(report).splitlines()[-5:]
+    assert lines == [
+        "| goal |  |  | 1.30 | 1.10 | 1.30 | 1.70 |",
+        "| process 1 | 20.00 | 30.00 | 1.20 | 1.10 | 1.20 | 1.50 |",
+        "| process 2 | 50.00 | 15.00 | 1.50 | 1.00 | 2.00 | 2.00 |",
+        "| the table's | 25.00 | 30.00 | 1.50 | 1.20 | 1.30 | 2.00 |",
+        "| median | 25.00 | 30.00 | 1.50 | 1.10 | 1.30 | 2.00 |",
+    ]
 
 
 def test_others_questions_are_shown_without_their_texts(tmp_path):

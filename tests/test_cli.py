@@ -22,6 +22,7 @@ from specdec import cli, demo
 from specdec.bench import run, workloads
 from specdec.bench.methods import Method, prepare
 from specdec.commands import console
+from specdec.policies import FixedPolicy
 from specdec.printer import Printer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}: "
@@ -102,6 +103,7 @@ def test_generate_uses_the_chat_template_where_there_is_one(tiny, tmp_path):
 
 def test_on_a_terminal_tokens_have_their_drafters_colours(tiny, monkeypatch):
     monkeypatch.setattr(console, "output", Console(force_terminal=True, color_system="standard"))
+    monkeypatch.setattr("specdec.speculate.ThroughputPolicy", lambda costs: FixedPolicy(8, 4, 2))  # whatever time it is
     arguments = ("generate", "abcabcab", "--model", tiny, "--max-new-tokens", 40)
     result = invoke(*arguments)
     assert "\x1b[32m" in result.stdout

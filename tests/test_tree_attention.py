@@ -12,7 +12,7 @@ import torch
 from specdec import trees
 from specdec.kernels.tree_attention import pack_bits, tree_attention, unpack_bits
 
-NODES = (1, 2, 63, 64, 65)
+NODES = (1, 2, 63, 64, 65, 512)
 
 
 def random_parents(nodes: int, seed: int) -> np.ndarray:

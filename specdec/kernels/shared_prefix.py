@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdec.kernels.dispatch import runs_triton
+from specdec.kernels.dispatch import launching, runs_triton
 from specdec.kernels.tree_attention import Impl, tree_attention, visible
 
 
@@ -48,7 +48,8 @@ def shared_prefix_attention(
     if impl == "triton" and able:
         from specdec.kernels import shared_prefix_triton
 
-        return shared_prefix_triton.attend(q, k, v, shared_k, shared_v, ancestors, lengths, scale, softcap, sinks)
+        with launching(q):
+            return shared_prefix_triton.attend(q, k, v, shared_k, shared_v, ancestors, lengths, scale, softcap, sinks)
     if impl == "torch":
         from specdec.kernels import shared_prefix_torch
 
