@@ -91,17 +91,15 @@ def measured(name: str, quick: bool, goals: bool) -> dict[str, Any]:
         "best_bandwidth": flat.nbytes / min(reads),
         "weight_bytes": weights,
         "limit": weights / read,
-        "passes": [shown(row) for row in rows],
+        "passes": [shown(row, f" ({weights / read / row['ours']:.0%} of that is the limit)") for row in rows],
         "products": [] if goals else [shown(row) for shape in shapes for row in products(shape, nodes, repeats)],
     }
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
+def shown(row: dict[str, Any], more: str = "") -> dict[str, Any]:
     """The row itself, once it is printed; its seconds in milliseconds."""
-    print(
-        *(f"{key} {value if isinstance(value, int) else f'{1e3 * value:.3f}'}" for key, value in row.items()),
-        flush=True,
-    )
+    cells = (f"{key} {value if isinstance(value, int) else f'{1e3 * value:.3f}'}" for key, value in row.items())
+    print(" ".join(cells) + more, flush=True)
     return row
 
 

@@ -51,9 +51,12 @@ def install(model: nn.Module) -> str:
     whole, single = [layer for layer in model.modules() if fits(layer)], _linear_layers(model)
     if not single:
         return ""
+    from specdec.kernels.linear_numba import check_threading  # compiles or loads: on first use
+
     try:
+        check_threading()
         few = _few([layer.weight.detach() for layer in single])
-    except ValueError as error:  # numba finds no library for threads that many callers may share
+    except ValueError as error:  # numba has no library for threads that many callers may share
         return f"no CPU kernels: {str(error).splitlines()[0]}"
     reason = _replace(model, whole, few) if whole else ""
     inside = {part for layer in model.modules() if _is(layer, ShortLayer) for part in layer.modules()}

@@ -23,6 +23,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+OTHERS: dict[str, tuple[str, int | str, int]] = {"sm_89": ("cuda", 89, 32), "sm_120": ("cuda", 120, 32)}
 ROOT = str(Path(__file__).parents[1])
 
 
@@ -68,7 +69,7 @@ def compiled(
         signature: type of each argument that is no constant, such as "*fp16", "i32" or "fp32"; "i32:16" for what a
             launch would find to be a multiple of 16. Pointers are taken to be aligned to 16 bytes, as torch's are.
         constants: value of each ``tl.constexpr``, and of each argument that is None.
-        target: one of ``TARGETS``.
+        target: one of ``TARGETS`` or ``OTHERS``.
         options: ``num_warps``, ``num_stages``.
     """
     work = (kernel.fn.__module__, kernel.fn.__name__, signature, constants, target, options)
@@ -98,7 +99,7 @@ def _compile(
     aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     types = {argument: kind.removesuffix(":16") for argument, kind in types.items()}
     source = ASTSource(kernel, types, constants, aligned)
-    result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    result = triton.compile(source, target=GPUTarget(*(TARGETS | OTHERS)[target]), options=options)
     read = _read_cubin if target.startswith("sm") else _read_amdgcn
     return read(result.asm, result.metadata.shared)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +33,10 @@ def test_rows_are_read_before_they_are_written():
     order = re.findall(r"ld\.global|bar\.sync|st\.global", assembly)
     last_read = len(order) - 1 - order[::-1].index("ld.global")
     assert "bar.sync" in order[last_read : order.index("st.global")]
+
+
+@pytest.mark.slow
+def test_the_page_says_what_came_out():
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "kernel_tables.py"), "--check"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout) == (0, ""), shown.stderr

@@ -61,3 +61,20 @@ def test_where_there_is_no_proc_nothing_happens(tmp_path: Path) -> None:
 def test_only_libraries_of_openmp_are_found() -> None:
     maps = "7f0-7f1 r-xp 0 0:0 1  /a b\n7f2-7f3 r 0 /x/libgomp-6a29.so.1.0.0\n7f4 /y/libiomp5.so\n7f5 /z/libcomp.so\n"
     assert openmp.LIBRARY.findall(maps) == ["/x/libgomp-6a29.so.1.0.0", "/y/libiomp5.so"]
+
+
+WORKQUEUE = """
+import torch
+from specdec import cpu
+
+model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+print(cpu.install(model), "forward" in vars(model[0]))
+"""
+
+
+def test_threads_that_would_abort_the_process_are_not_used() -> None:
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue"}
+    command = [sys.executable, "-c", WORKQUEUE]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert shown.startswith("no CPU kernels: numba's threading layer is 'workqueue'")
+    assert shown.endswith("unset NUMBA_THREADING_LAYER, or set it to omp or tbb False\n")

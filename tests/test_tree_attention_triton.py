@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compile_triton import TARGETS, Compiled, compiled, interpret_without_gpu
+from tests.compile_triton import OTHERS, TARGETS, Compiled, compiled, interpret_without_gpu
 from tests.test_tree_attention import EXTRAS, NODES, assert_same, case, extras
 
 interpret_without_gpu()
@@ -18,7 +18,13 @@ from specdec.kernels import tree_attention_triton as kernels  # noqa: E402
 from specdec.kernels.tree_attention import tree_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program can have
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}  # bytes that a program can have
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +135,29 @@ def test_machine_code(name: str, kind: str, dim: int, softcap: float, target: st
     kernel = getattr(kernels, name)
     record = compiled(kernel, signature(kernel, kind), constants, target, num_warps=warps, num_stages=stages)
     assert_sound(record, target, record_property)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "dim"), [("bf16", 128), ("fp32", 64)])
+@pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
+def test_machine_code_for_few_queries(name: str, kind: str, dim: int, target: str, record_property: Any) -> None:
+    """Tiles of fewer rows than the tuning file's, which nodes and heads do not fill."""
+    size, kernel = kernels.tiles(target, SIZES[kind], dim), getattr(kernels, name)
+    for rows in (16, 32):
+        constants = {"SOFTCAP": 0.0, "TILE": min(rows, size.rows), "SLOTS": size.slots, "DIM": dim}
+        options = {"num_warps": size.warps, "num_stages": size.stages}
+        assert_sound(compiled(kernel, signature(kernel, kind), constants, target, **options), target, record_property)
+
+
+@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize(("kind", "dim"), [("bf16", 64), ("bf16", 128), ("fp32", 128), ("bf16", 256)])
+@pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
+def test_machine_code_of_usual_tiles(name: str, kind: str, dim: int, target: str, record_property: Any) -> None:
+    """GPUs that the tuning file does not name have tiles, too."""
+    size, kernel = kernels.tiles(target, SIZES[kind], dim), getattr(kernels, name)
+    constants = {"SOFTCAP": 0.0, "TILE": size.rows, "SLOTS": size.slots, "DIM": dim}
+    options = {"num_warps": size.warps, "num_stages": size.stages}
+    assert_sound(compiled(kernel, signature(kernel, kind), constants, target, **options), target, record_property)
 
 
 @pytest.mark.parametrize("target", TARGETS)

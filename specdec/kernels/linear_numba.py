@@ -104,6 +104,19 @@ def _threaded(x: Any, w: Any, y: Any, threads: int) -> None:
         outputs_of(x, w, y, len(w) * t // threads, len(w) * (t + 1) // threads)
 
 
+def check_threading() -> None:
+    """See that several threads may call parallel kernels at once.
+
+    Raises:
+        ValueError: numba was told to use a library with which that aborts the process.
+    """
+    if config.THREADING_LAYER == "workqueue":
+        raise ValueError(
+            "numba's threading layer is 'workqueue', which aborts a process whose threads call at once; "
+            "unset NUMBA_THREADING_LAYER, or set it to omp or tbb"
+        )
+
+
 def use_threads(threads: int) -> None:
     """Let parallel kernels run in as many threads as torch does, and torch in as many as before.
 
