@@ -20,6 +20,7 @@ from specdec.short_stack import ShortStack, alike
 ROWS = (16, 32, 64, 128, 256)  # of x, where torch's own product is tried against ours
 OUTPUTS = 4096  # of a weight, enough to time it by
 SAMPLE = 64 << 20  # bytes of weights to time by
+WORTH = 1.25  # how much longer products may take where layers are ours whole, which save more than that around them
 TOLERANCE = 1e-4  # share of the logits' spread by which rounding may change them
 
 
@@ -55,10 +56,10 @@ def install(model: nn.Module) -> str:
 
     try:
         check_threading()
-        few = _few([layer.weight.detach() for layer in single])
+        few, some = _few([layer.weight.detach() for layer in single])
     except ValueError as error:  # numba has no library for threads that many callers may share
         return f"no CPU kernels: {str(error).splitlines()[0]}"
-    reason = _replace(model, whole, few) if whole else ""
+    reason = _replace(model, whole, some) if whole else ""
     inside = {part for layer in model.modules() if _is(layer, ShortLayer) for part in layer.modules()}
     for layer in single:
         if layer not in inside:  # there, its own pass has more rows than pay
@@ -116,18 +117,23 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def _few(weights: Sequence[torch.Tensor]) -> int:
-    """Up to how many rows our product is quicker than torch's, over more weights than caches hold."""
+def _few(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Up to how many rows our products, and layers that are ours whole, are quicker than torch's.
+
+    Products alone are timed, over more weights than caches hold.
+    """
     sizes = itertools.accumulate(4 * weight.numel() for weight in weights)
     sample = [weight[:OUTPUTS] for weight, before in zip(weights, [0, *sizes], strict=False) if before < SAMPLE]
-    few = ROWS[0]
-    for rows in ROWS[1:]:
+    few, some = ROWS[:1] * 2
+    for before, rows in itertools.pairwise(ROWS):
         inputs = [torch.ones(rows, weight.shape[1]) for weight in sample]
         ours, theirs = (_quickest(partial(_products, inputs, sample, impl)) for impl in ("numba", "reference"))
-        if ours > theirs:
+        if ours > WORTH * theirs:
             break
-        few = rows
-    return few
+        some = rows
+        if few == before and ours <= theirs:
+            few = rows
+    return few, some
 
 
 def _products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], impl: Impl) -> None:

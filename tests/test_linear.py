@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,27 @@ def test_autocast_goes_torchs_way() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shares", "found"),
+    [
+        ((0.9, 0.9, 0.9, 0.9), (256, 256)),
+        ((0.9, 1.1, 0.9, 1.3), (32, 128)),
+        ((1.2, 0.9, 1.3, 0.9), (16, 64)),
+        ((1.3, 0.9, 0.9, 0.9), (16, 16)),
+    ],
+)
+def test_whole_layers_are_ours_for_more_rows_than_products_alone(shares, found, monkeypatch) -> None:
+    """By what share of torch's time our products take of 32, 64, 128 and 256 rows."""
+    taken = dict(zip((32, 64, 128, 256), shares, strict=True))
+
+    def seconds(call: partial[None]) -> float:
+        inputs, _, impl = call.args
+        return taken[len(inputs[0])] if impl == "numba" else 1.0
+
+    monkeypatch.setattr(cpu, "_quickest", seconds)
+    assert cpu._few([torch.ones(8, 8)]) == found
 
 
 class TestInAModel:

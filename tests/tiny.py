@@ -276,7 +276,7 @@ def unhurried() -> Iterator[None]:
 @contextmanager
 def quick_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our layers for up to 256 rows without measuring, in one thread: the same passes are ours on every machine."""
-    monkeypatch.setattr(cpu, "_few", lambda weights: 256)
+    monkeypatch.setattr(cpu, "_few", lambda weights: (256, 256))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
