@@ -193,7 +193,7 @@ def test_a_slow_drafter_shows_in_the_seconds_of_drafting(model, mine, monkeypatc
     comparison.run()
     slow, quick = report.parts(comparison)[-2:]
     assert slow["method"] == "mine:Slow@mine:small"
-    assert slow["seconds"]["draft"] >= 0.01 * (slow["steps"] - 1) > 0
+    assert slow["seconds"]["draft"] > 0.0099 * (slow["steps"] - 1) > 0
     spent = [{part for part, seconds in each["seconds"].items() if seconds} for each in (slow, quick)]
     assert [parts - {"other"} for parts in spent] == [{"draft"}, set()]
 
@@ -250,10 +250,7 @@ def test_a_compiled_model_has_a_cache_for_each_size_of_text_and_compiles_it_befo
             self.calls.append((self, streamer, arguments["max_cache_len"], arguments["max_new_tokens"]))
 
     class Watch:
-        begun = 0
-
         def start(self):
-            self.begun += 1
             Called.calls.append("start")
 
     view, arguments = rivals.compiled(Called())
