@@ -124,7 +124,7 @@ def _few(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
     """
     sizes = itertools.accumulate(4 * weight.numel() for weight in weights)
     sample = [weight[:OUTPUTS] for weight, before in zip(weights, [0, *sizes], strict=False) if before < SAMPLE]
-    few, some = ROWS[:1] * 2
+    few = some = ROWS[0]
     for before, rows in itertools.pairwise(ROWS):
         inputs = [torch.ones(rows, weight.shape[1]) for weight in sample]
         ours, theirs = (_quickest(partial(_products, inputs, sample, impl)) for impl in ("numba", "reference"))

@@ -18,13 +18,7 @@ from specdec.kernels import tree_attention_triton as kernels  # noqa: E402
 from specdec.kernels.tree_attention import tree_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARED = {
-    "sm_80": 163 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}  # bytes that a program can have
+KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_120": 99, "gfx942": 64}  # of shared memory that a program can have
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +108,14 @@ def signature(kernel: Any, kind: str) -> dict[str, str]:
     return {name: types[name] for name in kernel.arg_names if name in types}
 
 
+def tuned(name: str, kind: str, dim: int, target: str, softcap: float = 0.0, rows: int = 64) -> Compiled:
+    """A kernel with the tile that the tuning file has for a target, or one of fewer ``rows``."""
+    size, kernel = kernels.tiles(target, SIZES[kind], dim), getattr(kernels, name)
+    constants = {"SOFTCAP": softcap, "TILE": min(rows, size.rows), "SLOTS": size.slots, "DIM": dim}
+    options = {"num_warps": size.warps, "num_stages": size.stages}
+    return compiled(kernel, signature(kernel, kind), constants, target, **options)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("kind", "dim", "softcap"),
@@ -130,11 +132,7 @@ def signature(kernel: Any, kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
 def test_machine_code(name: str, kind: str, dim: int, softcap: float, target: str, record_property: Any) -> None:
     """The tiles of the tuning file compile, within registers and shared memory."""
-    rows, slots, warps, stages = kernels.tiles(target, SIZES[kind], dim)
-    constants = {"SOFTCAP": softcap, "TILE": rows, "SLOTS": slots, "DIM": dim}
-    kernel = getattr(kernels, name)
-    record = compiled(kernel, signature(kernel, kind), constants, target, num_warps=warps, num_stages=stages)
-    assert_sound(record, target, record_property)
+    assert_sound(tuned(name, kind, dim, target, softcap), target, record_property)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -142,11 +140,8 @@ def test_machine_code(name: str, kind: str, dim: int, softcap: float, target: st
 @pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
 def test_machine_code_for_few_queries(name: str, kind: str, dim: int, target: str, record_property: Any) -> None:
     """Tiles of fewer rows than the tuning file's, which nodes and heads do not fill."""
-    size, kernel = kernels.tiles(target, SIZES[kind], dim), getattr(kernels, name)
     for rows in (16, 32):
-        constants = {"SOFTCAP": 0.0, "TILE": min(rows, size.rows), "SLOTS": size.slots, "DIM": dim}
-        options = {"num_warps": size.warps, "num_stages": size.stages}
-        assert_sound(compiled(kernel, signature(kernel, kind), constants, target, **options), target, record_property)
+        assert_sound(tuned(name, kind, dim, target, rows=rows), target, record_property)
 
 
 @pytest.mark.parametrize("target", OTHERS)
@@ -154,10 +149,7 @@ def test_machine_code_for_few_queries(name: str, kind: str, dim: int, target: st
 @pytest.mark.parametrize("name", ["prefix_kernel", "tree_kernel"])
 def test_machine_code_of_usual_tiles(name: str, kind: str, dim: int, target: str, record_property: Any) -> None:
     """GPUs that the tuning file does not name have tiles, too."""
-    size, kernel = kernels.tiles(target, SIZES[kind], dim), getattr(kernels, name)
-    constants = {"SOFTCAP": 0.0, "TILE": size.rows, "SLOTS": size.slots, "DIM": dim}
-    options = {"num_warps": size.warps, "num_stages": size.stages}
-    assert_sound(compiled(kernel, signature(kernel, kind), constants, target, **options), target, record_property)
+    assert_sound(tuned(name, kind, dim, target), target, record_property)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -173,7 +165,7 @@ def assert_sound(record: Compiled, target: str, record_property: Any) -> None:
     assert record.machine_code
     assert record.assembly
     assert record.spills == 0
-    assert record.shared <= SHARED[target]
+    assert record.shared <= 1024 * KIB[target]
 
 
 def test_every_tile_fits() -> None:
