@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
 
-from specdec.kernels.tile_numba import FEW, FEWER, LANES, LINE, OUTPUTS, ROWS, tile
+from specdec.kernels.tile_numba import LANES, LINE, LINES, OUTPUTS, ROWS, SINGLE, tile
 
 if config.THREADING_LAYER == "default":
     config.THREADING_LAYER = "threadsafe"  # numba's own would abort the process where two threads call at once
@@ -31,7 +31,7 @@ def product(
     w: int, w_stride: int, x: int, x_stride: int, y: int, y_stride: int, rows: int, inputs: int, outputs: int
 ) -> None:
     """``y = x @ w.T`` in this thread, of matrices given by address and stride in float32 numbers."""
-    single = rows == 1 or (rows <= FEW and inputs >= SHORTEST and rows * inputs <= NEAREST)
+    single = rows == 1 or (rows <= SINGLE and inputs >= SHORTEST and rows * inputs <= NEAREST)
     if single or rows <= ROWS:
         some = 1 if single else OUTPUTS
         far = 4 * OUTPUTS * w_stride if not single else NEAR if rows <= 2 else FAR
@@ -49,7 +49,7 @@ def _tiled(
 ) -> None:
     """``product`` for more rows, in tiles."""
     tiles = (rows + ROWS - 1) // ROWS
-    lines = 4 if tiles == 2 else FEWER  # more turns, fewer lines in each, so that fetching never stops
+    lines = 4 if tiles == 2 else LINES  # more turns, fewer lines in each, so that fetching never stops
     cuts = (inputs + LONGEST - 1) // LONGEST
     o = 0
     while o < outputs:

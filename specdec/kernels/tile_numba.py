@@ -20,11 +20,11 @@ LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx2") else 4
 ROWS = {16: 6, 8: 3, 4: 4}[LANES]  # of x in one tile: 4 x ROWS sums, with ROWS + 1 factors, fill the vector registers
 OUTPUTS = 4
 LINE = 64  # bytes the memory delivers at a time
-FEW = 6  # rows that one output's weights may be multiplied by alone
-FEWER = 1 if LANES == 8 else 2  # lines to fetch at each turn where there are many, as measured on Zen 3 and Zen 4
+SINGLE = 6  # rows that one output's weights may be multiplied by alone
+LINES = 1 if LANES == 8 else 2  # lines to fetch at each turn where there are many, as measured on Zen 3 and Zen 4
 # Outputs and rows of a tile, and the lines of memory it fetches ahead at each turn.
-SIZES = [(1, rows, 1) for rows in range(1, FEW + 1)]
-SIZES += [(OUTPUTS, rows, lines) for rows in range(1, ROWS + 1) for lines in (FEWER, 4)]
+SIZES = [(1, rows, 1) for rows in range(1, SINGLE + 1)]
+SIZES += [(OUTPUTS, rows, lines) for rows in range(1, ROWS + 1) for lines in (LINES, 4)]
 MIXES = [(vectors, rows) for vectors in (1, 4) for rows in range(1, ROWS + 1)]  # vectors of columns, and rows
 
 _FLOAT, _INT, _BYTES = ir.FloatType(), ir.IntType(64), ir.IntType(8).as_pointer()
